@@ -1,0 +1,169 @@
+"""The nouns that travel between rooms. B rows, γ draft tokens, V vocabulary entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class FlashSpecError(Exception):
+    """Something a user can mend; the message is one sentence that says how."""
+
+
+class FinishReason(IntEnum):
+    """Why a row stopped; the integer is what the device writes."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    ERROR = 3
+    CANCELLED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A drafter at a draft length; length 0 is plain decoding and names no drafter."""
+
+    drafter: str
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or bool(self.drafter) != bool(self.length):
+            raise ValueError(
+                f"an arm is a drafter with length >= 1, or '' with 0: got {self.drafter!r}, {self.length}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.drafter}:{self.length}" if self.length else "plain"
+
+    @classmethod
+    def parse(cls, name: str) -> Arm:
+        """`plain` or `drafter:length`; ValueError otherwise."""
+        drafter, _, length = name.rpartition(":")
+        if name == "plain":
+            return PLAIN
+        if not drafter or not length.isdigit():
+            raise ValueError(f"arm {name!r} should read 'plain' or 'drafter:length'")
+        return cls(drafter, int(length))
+
+
+PLAIN = Arm("", 0)
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a drafter proposes.
+
+    token_ids: (B, γ) int64. lengths: (B,) int64, how many of them row b really proposes, 0..γ.
+    logits: (B, γ, V) float32, unnormalised log-probabilities that the tokens were drawn from; None: one-hot.
+    faulty: (B,) bool, rows whose draft was cut short by NaN; None: none.
+    """
+
+    token_ids: Tensor
+    lengths: Tensor
+    logits: Tensor | None = None
+    faulty: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch_size: int, device: torch.device) -> Draft:
+        return cls(
+            torch.zeros(batch_size, 0, dtype=torch.int64, device=device),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(slots=True)
+class Verdict:
+    """num_accepted: (B,) int64, draft tokens kept. next_token: (B,) int64, recovered or bonus token.
+    failed: (B,) bool, rows whose target logits were not finite."""
+
+    num_accepted: Tensor
+    next_token: Tensor
+    failed: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """One row of one step. drafted >= accepted; emitted counts the tokens that entered the text."""
+
+    drafted: int
+    accepted: int
+    emitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: the arm, what each unfinished row did, and the seconds that the whole step took."""
+
+    arm: Arm
+    rows: tuple[RowStep, ...]
+    seconds: float
+
+    @property
+    def drafted(self) -> int:
+        return sum(row.drafted for row in self.rows)
+
+    @property
+    def accepted(self) -> int:
+        return sum(row.accepted for row in self.rows)
+
+    @property
+    def emitted(self) -> int:
+        return sum(row.emitted for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The target's raw log-probability of an emitted token, and the most likely tokens in its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """What `SpeculativeEngine.generate` returns.
+
+    output_ids: (B, longest) int64, new tokens only, padded with -1. texts: one a row where a tokenizer is there.
+    finish_reasons: 'stop', 'length', 'error' or 'cancelled' a row. seconds: decoding wall time, prefill included.
+    """
+
+    output_ids: Tensor
+    finish_reasons: list[str]
+    steps: list[StepRecord]
+    seconds: float
+    texts: list[str] | None = None
+    logprobs: list[list[TokenLogprobs]] | None = None
+    seed: int = 0
+    prompt_lengths: list[int] = field(default_factory=list)
+
+    @property
+    def n_tokens_generated(self) -> int:
+        return int((self.output_ids >= 0).sum())
+
+    @property
+    def text(self) -> str:
+        """The first row's text; ValueError without a tokenizer."""
+        if self.texts is None:
+            raise ValueError("this result has no text: the engine has no tokenizer")
+        return self.texts[0]
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted; 0.0 where nothing was drafted."""
+        drafted = sum(step.drafted for step in self.steps)
+        return sum(step.accepted for step in self.steps) / drafted if drafted else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens emitted a row per target forward."""
+        forwards = sum(len(step.rows) for step in self.steps)
+        return sum(step.emitted for step in self.steps) / forwards if forwards else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.n_tokens_generated / self.seconds if self.seconds > 0 else 0.0

@@ -1,0 +1,84 @@
+"""Who proposes. A drafter is shared by all batches; `start` gives the part that belongs to one of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from flashspec.core import Draft
+from flashspec.models.base import LanguageModel
+from flashspec.models.reader import Reader
+
+
+class DraftContext(Protocol):
+    """What a proposer may look at: the engine's state of one batch.
+
+    tokens: (B, T) int64, committed text up to lengths (B,) int64, garbage behind. bound: host integer, at least every
+    length. texts: the host's copy of the committed text a row; complete wherever `propose` is not captured in a graph.
+    active: host copy of which rows are still being written. token_cost: what verifying one more token costs, as a
+    fraction of a step without a draft. target: the target's reader.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    bound: int
+    capacity: int
+    texts: list[list[int]]
+    active: list[bool]
+    token_cost: float
+
+    @property
+    def target(self) -> Reader: ...
+
+    def add_reader(self, model: LanguageModel) -> Reader:
+        """A cache for a drafter's own model, rolled back with the text from now on."""
+        ...
+
+    def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
+        """Draw draft tokens from logits (B, V) for text position `lengths + offset`, as the request samples.
+
+        Returns ids (B,) int64 and the log-weights (B, V) they were drawn from (None: taken as one-hot)."""
+        ...
+
+
+class Proposer(ABC):
+    """A drafter at work on one batch. An exception from either method quarantines the drafter, not the request."""
+
+    def prepare(self, context: DraftContext) -> None:
+        """Host work before a step: catching up a cache or an index. Its time counts as the arm's."""
+        return
+
+    @abstractmethod
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        """At most `length` tokens a row, as a pure function of tensors unless the drafter works on the host; fewer
+        columns than `length` may be returned by a host drafter when no row has more to propose."""
+
+
+class Drafter(ABC):
+    """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise."""
+
+    name: str = "drafter"
+    lengths: tuple[int, ...] = (2, 4, 8)
+
+    @classmethod
+    def create(cls, target: LanguageModel) -> Drafter:
+        """The drafter with its default settings for a target; called for drafters that are asked for by name."""
+        return cls()
+
+    @abstractmethod
+    def start(self, context: DraftContext) -> Proposer:
+        """Begin a batch."""
+
+    def learn(self, texts: Sequence[Sequence[int]]) -> None:
+        """Finished texts, for drafters that remember earlier requests."""
+        return
+
+
+class NoDraft(Proposer):
+    """Plain decoding."""
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        return Draft.empty(context.tokens.shape[0], context.tokens.device)

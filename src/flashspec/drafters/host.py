@@ -1,0 +1,51 @@
+"""A class that only has `generate_draft(input_ids, gamma)` as a drafter, outside the graphs."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
+
+
+@runtime_checkable
+class GeneratesDraft(Protocol):
+    """input_ids (B, T) int64 -> ids (B, γ) int64 and the log-probabilities (B, γ, V) they were drawn from."""
+
+    def generate_draft(self, input_ids: Tensor, gamma: int) -> tuple[Tensor, Tensor]: ...
+
+
+class HostDrafter(Drafter):
+    def __init__(self, source: GeneratesDraft, name: str) -> None:
+        self.source = source
+        self.name = name
+
+    def start(self, context: DraftContext) -> Proposer:
+        return HostProposer(self.source)
+
+
+class HostProposer(Proposer):
+    """Rows differ in length, so each is asked for on its own."""
+
+    def __init__(self, source: GeneratesDraft) -> None:
+        self.source = source
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        device, vocab_size = context.tokens.device, context.target.model.vocab_size
+        token_ids = torch.zeros(len(context.texts), length, dtype=torch.int64, device=device)
+        logits = torch.zeros(len(context.texts), length, vocab_size, device=device)
+        for row, text in enumerate(context.texts):
+            if context.active[row]:
+                ids, logprobs = self.source.generate_draft(torch.tensor([text], device=device), length)
+                if ids.shape != (1, length) or logprobs.shape != (1, length, vocab_size):
+                    raise ValueError(
+                        f"generate_draft returned shapes {tuple(ids.shape)} and {tuple(logprobs.shape)}; "
+                        f"they should be (1, {length}) and (1, {length}, {vocab_size})"
+                    )
+                token_ids[row], logits[row] = ids[0], logprobs[0]
+        sound = logits.amax(-1).isfinite() & (token_ids >= 0) & (token_ids < vocab_size)  # (B, length)
+        lengths = sound.long().cumprod(1).sum(1)
+        return Draft(token_ids.clamp(0, vocab_size - 1), lengths, logits, lengths < length)

@@ -1,0 +1,54 @@
+"""A smaller language model with the target's vocabulary writes the draft, one token after another."""
+
+from __future__ import annotations
+
+import torch
+
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.drafters.chain import write_chain
+from flashspec.models.base import LanguageModel
+from flashspec.models.reader import Reader
+
+
+class ModelDrafter(Drafter):
+    def __init__(self, model: LanguageModel, name: str = "model") -> None:
+        self.model = model
+        self.name = name
+
+    @classmethod
+    def create(cls, target: LanguageModel) -> Drafter:
+        raise ValueError("drafter 'model' needs a model: name its id, folder or GGUF file instead")
+
+    def start(self, context: DraftContext) -> Proposer:
+        model, target = self.model, context.target.model
+        if model.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"drafter {self.name!r} has {model.vocab_size} tokens, the target {target.vocab_size}: "
+                "a model drafter needs the target's vocabulary"
+            )
+        return ModelProposer(context.add_reader(model))
+
+
+class ModelProposer(Proposer):
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def prepare(self, context: DraftContext) -> None:
+        if context.bound >= self.reader.cache.capacity and context.bound < context.capacity:
+            raise RuntimeError(
+                f"the text has outgrown the drafter's context of {self.reader.cache.capacity} tokens"
+            )
+        self.reader.catch_up(context.tokens, context.lengths, context.bound)
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        # Two tokens at first: the one before the last is unread if the previous draft was accepted whole.
+        positions = context.lengths[:, None] + torch.arange(-2, 0, device=context.lengths.device)  # (B, 2)
+        window = context.tokens.gather(1, positions.clamp(min=0))
+        reader = self.reader
+        hidden = reader.read(window, positions, context.bound)[:, -1]
+
+        def read_next(token_ids: torch.Tensor, offset: int) -> torch.Tensor:
+            return reader.read(token_ids[:, None], positions[:, -1:] + offset, context.bound + offset)[:, -1]
+
+        return write_chain(context, length, reader.model, hidden, read_next)

@@ -1,0 +1,56 @@
+"""From what a caller names to drafters and arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flashspec.core import PLAIN, Arm
+from flashspec.drafters import Drafter, get_drafter, list_drafters
+from flashspec.drafters.host import GeneratesDraft, HostDrafter
+from flashspec.drafters.model import ModelDrafter
+from flashspec.models.base import LanguageModel
+
+Load = Callable[[Any], tuple[LanguageModel, str]]
+
+
+def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
+    """A drafter from itself, a registered name, a class with `generate_draft`, or a model in any form that `load`
+    takes; `load` returns the model and a name for it."""
+    if isinstance(source, str) and source in list_drafters():
+        cls = get_drafter(source)
+        return cls.create(target) if issubclass(cls, Drafter) else HostDrafter(cls(), source)
+    if isinstance(source, Drafter):
+        return source
+    if isinstance(source, GeneratesDraft):
+        return HostDrafter(source, type(source).__name__.lower())
+    model, name = load(source)
+    return ModelDrafter(model, name)
+
+
+def unique_names(drafters: Sequence[Drafter]) -> dict[str, Drafter]:
+    """Drafters by name; a second one of the same name becomes name-2."""
+    named: dict[str, Drafter] = {}
+    for drafter in drafters:
+        name, count = drafter.name, 2
+        while name in named:
+            name, count = f"{drafter.name}-{count}", count + 1
+        named[name] = drafter
+    return named
+
+
+def default_arms(drafters: dict[str, Drafter]) -> list[Arm]:
+    """Plain decoding, and every drafter at each of the lengths that suit it."""
+    return [PLAIN, *(Arm(name, length) for name, drafter in drafters.items() for length in drafter.lengths)]
+
+
+def check_arms(arms: Sequence[Arm], drafters: dict[str, Drafter]) -> list[Arm]:
+    """ValueError where an arm names no drafter, or is too long for it."""
+    if not arms:
+        raise ValueError("arms is empty; name at least one, for example 'plain'")
+    for arm in arms:
+        if arm.length and arm.drafter not in drafters:
+            raise ValueError(f"arm {str(arm)!r} names no drafter of this engine; it has {sorted(drafters)}")
+        if arm.length > 64:
+            raise ValueError(f"arm {str(arm)!r} drafts {arm.length} tokens; the most is 64")
+    return list(arms)

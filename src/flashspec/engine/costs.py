@@ -1,0 +1,60 @@
+"""What a forward costs by its width: measured once, before the first request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from flashspec.models.base import LanguageModel
+from flashspec.models.reader import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """seconds: width of a target forward -> median seconds, at batch 1 and a short text."""
+
+    seconds: dict[int, float]
+
+    @property
+    def plain_seconds(self) -> float:
+        return self.seconds[min(self.seconds)]
+
+    @property
+    def token_cost(self) -> float:
+        """What one more token costs, as a fraction of a plain step: the least-squares slope over the widths."""
+        widths = list(self.seconds)
+        centre, middle = sum(widths) / len(widths), sum(self.seconds.values()) / len(widths)
+        spread = sum((width - centre) ** 2 for width in widths)
+        slope = sum((width - centre) * (self.seconds[width] - middle) for width in widths) / spread
+        return max(slope / self.plain_seconds, 1e-3)
+
+    def estimate(self, width: int) -> float:
+        """Seconds of a forward of any width, along that slope."""
+        return self.plain_seconds * (1 + self.token_cost * (width - 1))
+
+
+@torch.inference_mode()
+def measure_costs(
+    model: LanguageModel,
+    widths: tuple[int, ...] = (1, 5, 9),
+    takes: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostTable:
+    """Time forwards over scratch text; the first take of each width is a warm-up."""
+    reader = Reader(model, 1, min(64, model.max_context))
+    seconds = {}
+    for width in widths:
+        token_ids = torch.zeros(1, width, dtype=torch.int64, device=model.device)
+        positions = torch.arange(width, device=model.device)[None]
+        times = []
+        for _ in range(takes + 1):
+            started = clock()
+            logits = model.logits(reader.read(token_ids, positions, reader.cache.capacity))
+            logits[0, -1].argmax().item()  # waits for the device
+            times.append(clock() - started)
+        seconds[width] = median(times[1:])
+    return CostTable(seconds)

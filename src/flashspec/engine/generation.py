@@ -1,0 +1,130 @@
+"""One call of the engine, as an iterator of what it writes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flashspec.config import SamplingConfig
+from flashspec.core import FinishReason, GenerationResult, StepRecord
+from flashspec.engine.loop import Run
+from flashspec.engine.output import Chunk, RowText, make_result
+from flashspec.engine.prefix import PrefixCache
+from flashspec.engine.state import DecodeState
+from flashspec.models.tokenizer import TextStream
+from flashspec.sampling.sampler import make_sampler
+
+if TYPE_CHECKING:
+    from flashspec.engine.engine import SpeculativeEngine
+
+
+class Generation:
+    """Iterating it decodes and yields Chunks; `result()` holds what is written so far, rows that are not at their end
+    as 'cancelled'. Leaving the iterator early frees the engine for others."""
+
+    def __init__(
+        self,
+        engine: SpeculativeEngine,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        settings: SamplingConfig,
+        memory: PrefixCache | None,
+    ) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.settings = settings
+        self.memory = memory
+        self.seed = secrets.randbelow(2**63) if settings.seed is None else settings.seed
+        tokenizer = engine.tokenizer
+        self.rows = [RowText(settings.stop, TextStream(tokenizer) if tokenizer else None) for _ in prompts]
+        self.steps: list[StepRecord] = []
+        self.seconds = 0.0
+        self._chunks = self._decode()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
+
+    def result(self) -> GenerationResult:
+        for row in self.rows:
+            if row.finish is FinishReason.RUNNING:
+                row.finish = FinishReason.CANCELLED
+                row.close()
+        return make_result(
+            self.rows,
+            self.steps,
+            self.seconds,
+            self.seed,
+            self.prompts,
+            self.engine.tokenizer is not None,
+            self.settings.logprobs is not None,
+        )
+
+    def _decode(self) -> Iterator[Chunk]:
+        with self.engine.lock:
+            started = time.perf_counter()
+            run = self._start()
+            for output in run:
+                self.steps.append(output.record)
+                self.engine.metrics.record(output.record)
+                self.seconds = time.perf_counter() - started
+                for row_output in output.rows:
+                    row = self.rows[row_output.row]
+                    count, text = row.add(row_output)
+                    if row.finish is FinishReason.STOP and row_output.finish is FinishReason.RUNNING:
+                        run.cancel(row_output.row, FinishReason.STOP)
+                    yield Chunk(
+                        row_output.row,
+                        tuple(row_output.token_ids[:count]),
+                        text,
+                        output.record,
+                        tuple(row_output.logprobs[:count]),
+                        None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
+                    )
+            self._end(run.state)
+
+    def _start(self) -> Run:
+        engine, settings, model = self.engine, self.settings, self.engine.target
+        eos_ids = () if settings.ignore_eos else engine.eos_token_ids
+        stop_ids = sorted({*eos_ids, *settings.stop_token_ids})
+        sampler = make_sampler(settings, self.prompts, stop_ids, model.vocab_size, self.seed, model.device)
+        limits = [min(len(prompt) + self.max_new_tokens, model.max_context) for prompt in self.prompts]
+        state = DecodeState.create(
+            self.prompts,
+            limits,
+            stop_ids,
+            model,
+            sampler,
+            settings.logprobs,
+            engine.costs.token_cost,
+            self.memory,
+        )
+        for arm in range(engine.selector.n_arms):
+            engine.selector.enable(arm)
+        return Run(state, engine.arms, engine.selector, engine.drafters, lag=int(model.device.type == "cuda"))
+
+    def _end(self, state: DecodeState) -> None:
+        if self.memory is not None:
+            self.memory.keep(state.texts[0], state.readers)
+        for drafter in self.engine.drafters.values():
+            drafter.learn(state.texts)
+
+
+class Conversation:
+    """Messages so far and what the models have read of them."""
+
+    def __init__(self, engine: SpeculativeEngine, system: str | None = None) -> None:
+        self.engine = engine
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.memory = PrefixCache()
+
+    def send(self, message: str, max_new_tokens: int | None = None, **changes: Any) -> Iterator[Chunk]:
+        """Ask, and stream the answer; it joins the messages when it ends, or is left early."""
+        self.messages.append({"role": "user", "content": message})
+        self.last = self.engine.stream(self.messages, max_new_tokens, memory=self.memory, **changes)
+        try:
+            yield from self.last
+        finally:
+            self.messages.append({"role": "assistant", "content": self.last.result().text})

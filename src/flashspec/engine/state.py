@@ -1,0 +1,167 @@
+"""One batch's state: everything a step reads and writes, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashspec.core import Draft, FinishReason, Verdict
+from flashspec.engine.prefix import PrefixCache
+from flashspec.models.base import LanguageModel
+from flashspec.models.reader import Reader
+from flashspec.sampling.sampler import Sampler
+
+SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step did, on the device, in one tensor that the host reads in one copy.
+
+    packed: (B, 5 + γ + 1) int64: drafted, accepted, emitted, finish reason, whether the draft was faulty, then the
+    tokens, of which the first `emitted` count. logprobs: (B, γ + 1) float32 of those tokens under the
+    target's raw logits, top: ids and log-probs (B, γ + 1, n); None where not asked for.
+    """
+
+    packed: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+@dataclass(slots=True)
+class DecodeState:
+    """B rows of text, left-aligned in tokens (B, capacity + SLACK) int64; what lies behind lengths is garbage.
+
+    lengths, limits, finish: (B,) int64, the committed length, the length at which a row ends, a FinishReason.
+    stop_ids: (K,) int64. num_logprobs: None, or how many top tokens to report. The rest is the host's view: bound >=
+    every length, texts the committed tokens, active the rows still being written, readers the caches, the target's first.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    limits: Tensor
+    finish: Tensor
+    stop_ids: Tensor
+    capacity: int
+    sampler: Sampler
+    num_logprobs: int | None
+    bound: int
+    texts: list[list[int]]
+    active: list[bool]
+    token_cost: float = 0.1
+    memory: PrefixCache | None = None
+    readers: list[Reader] = field(default_factory=list)
+
+    @classmethod
+    @torch.inference_mode()
+    def create(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_ids: Sequence[int],
+        model: LanguageModel,
+        sampler: Sampler,
+        num_logprobs: int | None = None,
+        token_cost: float = 0.1,
+        memory: PrefixCache | None = None,
+    ) -> DecodeState:
+        """Rows of prompt ids, none empty, each with the text length at which it must stop. memory: a conversation's
+        caches, for a single row."""
+        device, rows, capacity = model.device, len(prompts), max(limits)
+        tokens = torch.zeros(rows, capacity + SLACK, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64, device=device)
+        state = cls(
+            tokens=tokens,
+            lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
+            limits=torch.tensor(list(limits), device=device),
+            finish=torch.zeros(rows, dtype=torch.int64, device=device),
+            stop_ids=torch.tensor(list(stop_ids), dtype=torch.int64, device=device),
+            capacity=capacity,
+            sampler=sampler,
+            num_logprobs=num_logprobs,
+            bound=max(map(len, prompts)),
+            texts=[list(prompt) for prompt in prompts],
+            active=[True] * rows,
+            token_cost=token_cost,
+            memory=memory,
+        )
+        state._open_reader(model, lag=0)
+        return state
+
+    @property
+    def target(self) -> Reader:
+        return self.readers[0]
+
+    def add_reader(self, model: LanguageModel) -> Reader:
+        return self._open_reader(model, lag=1)
+
+    def _open_reader(self, model: LanguageModel, lag: int) -> Reader:
+        if self.memory is not None:
+            reader = self.memory.borrow(model, self.texts[0], lag)
+        else:
+            reader = Reader(model, len(self.texts), min(self.capacity, model.max_context), lag)
+            reader.stale = self.bound - 1
+        self.readers.append(reader)
+        return reader
+
+    def prepare(self) -> None:
+        """Prefill, or nothing: the target has read all but the last committed token when a step begins."""
+        self.target.catch_up(self.tokens, self.lengths, self.bound)
+
+    def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
+        return self.sampler.choose(logits, self.lengths + offset)
+
+    def score(self, draft: Draft) -> Tensor:
+        """The target's logits (B, γ + 1, V) after the last committed token and each draft token."""
+        last = self.tokens.gather(1, self.lengths[:, None] - 1)  # (B, 1)
+        window = torch.cat([last, draft.token_ids], 1)  # (B, γ + 1)
+        offsets = torch.arange(window.shape[1], device=window.device)
+        positions = self.lengths[:, None] - 1 + offsets
+        hidden = self.target.read(window, positions, self.bound + window.shape[1] - 1)
+        return self.target.model.logits(hidden)
+
+    def commit(self, draft: Draft, verdict: Verdict, logits: Tensor) -> Outcome:
+        """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths."""
+        gamma = draft.token_ids.shape[1]
+        index = torch.arange(gamma + 1, device=self.tokens.device)
+        emitted = torch.cat([draft.token_ids, verdict.next_token[:, None]], 1)  # (B, γ + 1)
+        emitted = emitted.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+
+        running = (self.finish == FinishReason.RUNNING) & ~verdict.failed
+        room = self.limits - self.lengths
+        num_emitted = torch.minimum(verdict.num_accepted + 1, room)
+        stops = (emitted[..., None] == self.stop_ids).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
+        before_stop = (stops.long().cumsum(1) == 0).sum(1)  # tokens ahead of the first stop token
+        stopped = before_stop <= gamma
+        num_emitted = torch.minimum(num_emitted, before_stop + 1) * running
+
+        self.tokens.scatter_(1, self.lengths[:, None] + index, emitted)
+        self.sampler.transforms.count(emitted, index < num_emitted[:, None])
+        drafted, accepted = draft.lengths * running, torch.minimum(verdict.num_accepted, num_emitted)
+        self.lengths += num_emitted
+        self._finish(running, stopped, verdict.failed)
+        for reader in self.readers:
+            reader.rewind(self.lengths)
+
+        faulty = torch.zeros_like(drafted) if draft.faulty is None else draft.faulty.long()
+        head = torch.stack([drafted, accepted, num_emitted, self.finish, faulty], 1)
+        return self._outcome(torch.cat([head, emitted], 1), emitted, logits)
+
+    def _finish(self, running: Tensor, stopped: Tensor, failed: Tensor) -> None:
+        full = self.lengths >= self.limits
+        reason = torch.where(stopped, FinishReason.STOP.value, full * FinishReason.LENGTH.value)
+        failed_now = failed & (self.finish == FinishReason.RUNNING)
+        self.finish.copy_(torch.where(running, reason, self.finish))
+        self.finish.masked_fill_(failed_now, FinishReason.ERROR.value)
+
+    def _outcome(self, packed: Tensor, emitted: Tensor, logits: Tensor) -> Outcome:
+        if self.num_logprobs is None:
+            return Outcome(packed)
+        logprobs = logits.log_softmax(-1)  # (B, γ + 1, V)
+        top = logprobs.topk(self.num_logprobs, dim=-1)
+        return Outcome(packed, logprobs.gather(-1, emitted[..., None])[..., 0], top.indices, top.values)

@@ -1,0 +1,14 @@
+"""One step of speculative decoding: draft, verify, commit. Pure in the state's tensors; nothing is read back."""
+
+from __future__ import annotations
+
+from flashspec.drafters.base import Proposer
+from flashspec.engine.state import DecodeState, Outcome
+
+
+def step(state: DecodeState, proposer: Proposer, length: int) -> Outcome:
+    """Draft at most `length` tokens a row, score them in one target forward, keep what the exact test keeps."""
+    draft = proposer.propose(state, length)  # token_ids (B, γ)
+    logits = state.score(draft)  # (B, γ + 1, V)
+    verdict = state.sampler.verify(logits, draft, state.lengths)  # num_accepted, next_token (B,)
+    return state.commit(draft, verdict, logits)

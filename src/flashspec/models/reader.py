@@ -1,0 +1,53 @@
+"""A model beside how far it has read: its cache may be behind the text, never wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashspec.models.base import KVCache, LanguageModel
+
+
+class Reader:
+    """One model's cache for a batch.
+
+    cached: (B,) int64, the slots of each row that hold the text's own tokens. stale: host integer, at least
+    `length - 1 - cached` in every row, so that catching up reads nothing back. lag: how stale it may be when a step
+    begins, which is as stale as a step leaves it: 0 for a target, 1 for a drafter, which never reads its last token.
+    """
+
+    def __init__(self, model: LanguageModel, batch_size: int, capacity: int, lag: int = 0) -> None:
+        self.model = model
+        self.lag = lag
+        self._takes_part = False
+        self.cache: KVCache = model.new_cache(batch_size, capacity)
+        self.cached = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self.stale = 0
+
+    def read(self, token_ids: Tensor, positions: Tensor, bound: int) -> Tensor:
+        """Feed tokens (B, Q) at positions (B, Q), clamped to the cache; returns hidden states (B, Q, hidden)."""
+        positions = positions.clamp(
+            0, self.cache.capacity - 1
+        )  # the last slot is never needed: it may hold anything
+        hidden = self.model.forward(token_ids, positions, self.cache, min(bound, self.cache.capacity))
+        torch.add(positions[:, -1], 1, out=self.cached)
+        return hidden
+
+    def catch_up(self, tokens: Tensor, lengths: Tensor, bound: int, chunk: int = 512) -> None:
+        """Be ready for a step: read tokens (B, T) up to the last committed one, exclusive, in chunks."""
+        self._takes_part = True
+        while self.stale > self.lag:
+            size = min(self.stale, chunk)
+            positions = self.cached[:, None] + torch.arange(size, device=self.cached.device)  # (B, size)
+            self.read(tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1)), positions, bound)
+            self.rewind(lengths)
+            self.stale -= size
+
+    def rewind(self, lengths: Tensor) -> None:
+        """Forget what lies at or after the last committed token, (B,) lengths."""
+        torch.minimum(self.cached, lengths - 1, out=self.cached)
+
+    def advance(self, emitted: int) -> None:
+        """The host's note that a step ended, in which no row grew by more than `emitted` tokens."""
+        self.stale = self.lag if self._takes_part else self.stale + emitted
+        self._takes_part = False

@@ -1,0 +1,123 @@
+"""The sampling side of a batch: a request's settings as tensors, draft choices and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashspec.config import SamplingConfig
+from flashspec.core import Draft, Verdict
+from flashspec.kernels import philox_gumbel
+from flashspec.sampling.coupled import verify_coupled, verify_greedy
+from flashspec.sampling.noise import Purpose
+from flashspec.sampling.processors import Transforms
+from flashspec.sampling.rejection import verify_rejection
+from flashspec.sampling.typical import verify_typical
+
+
+@dataclass(slots=True)
+class Sampler:
+    """One batch's settings. seeds: (B,) int64, a stream a row."""
+
+    config: SamplingConfig
+    transforms: Transforms
+    seeds: Tensor
+
+    def choose(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A draft token for text position (B,) from a drafter's logits (B, V), and the log-weights it was drawn from;
+        None where it counts as one-hot. Penalties do not bend drafts: any q keeps the text exact."""
+        if self.transforms.all_greedy:
+            return logits.argmax(-1), None
+        logits = logits.float() if self.transforms.bias is None else logits.float() + self.transforms.bias
+        weights = self.transforms.weigh(logits[:, None])[:, 0]
+        coupled = self.config.variant == "coupled"
+        purpose = Purpose.TOKEN if coupled else Purpose.DRAFT
+        noise = philox_gumbel(self.seeds, positions[:, None], purpose, weights.shape[-1])[:, 0]
+        return (weights + noise).argmax(-1), None if coupled else weights
+
+    def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> Verdict:
+        """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens."""
+        offsets = torch.arange(logits.shape[1], device=logits.device)
+        positions = lengths[:, None] + offsets  # (B, γ + 1), the text positions being decided
+        shifted = self.transforms.shift(logits, positions, draft.token_ids)
+        verdict = self._decide(shifted, draft, positions)
+        used = offsets <= verdict.num_accepted[:, None]
+        verdict.failed = (used & ~logits.amax(-1).isfinite()).any(1)
+        return verdict
+
+    def _decide(self, shifted: Tensor, draft: Draft, positions: Tensor) -> Verdict:
+        config = self.config
+        if self.transforms.all_greedy:
+            return verify_greedy(shifted, draft)
+        weights = self.transforms.weigh(shifted)
+        if config.variant == "coupled":
+            return verify_coupled(weights, draft, self.seeds, positions)
+        if config.variant == "typical":
+            epsilon, delta = config.typical_epsilon, config.typical_delta
+            return verify_typical(weights, draft, self.seeds, positions, epsilon, delta)
+        return verify_rejection(weights, draft, self.seeds, positions)
+
+
+def make_sampler(
+    config: SamplingConfig,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    seed: int,
+    device: torch.device,
+) -> Sampler:
+    """A sampler for rows that share one configuration; row b draws from stream `seed + b`."""
+    rows = len(prompts)
+
+    def column(value: float, used: bool) -> Tensor | None:
+        return torch.full((rows,), value, dtype=torch.float32, device=device) if used else None
+
+    top_k = min(config.top_k, vocab_size)
+    penalised = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty) != (
+        1.0,
+        0.0,
+        0.0,
+    )
+    delayed = config.min_tokens > 0 and len(stop_ids) > 0
+    transforms = Transforms(
+        temperature=torch.full((rows,), config.temperature, dtype=torch.float32, device=device),
+        greedy=torch.ones(rows, dtype=torch.bool, device=device) if config.temperature == 0 else None,
+        all_greedy=config.temperature == 0,
+        top_k=torch.full((rows,), top_k, device=device) if top_k > 0 else None,
+        max_top_k=max(top_k, 0),
+        top_p=column(config.top_p, config.top_p < 1),
+        min_p=column(config.min_p, config.min_p > 0),
+        bias=_bias(config, rows, vocab_size, device),
+        repetition=column(config.repetition_penalty, penalised),
+        presence=column(config.presence_penalty, penalised),
+        frequency=column(config.frequency_penalty, penalised),
+        prompt_seen=_seen(prompts, vocab_size, device) if penalised else None,
+        output_counts=torch.zeros(rows, vocab_size, device=device) if penalised else None,
+        stop_ids=torch.tensor([list(stop_ids)] * rows, device=device) if delayed else None,
+        min_lengths=torch.tensor([len(p) + config.min_tokens for p in prompts], device=device)
+        if delayed
+        else None,
+    )
+    seeds = torch.tensor([(seed + row) % 2**63 for row in range(rows)], dtype=torch.int64, device=device)
+    return Sampler(config, transforms, seeds)
+
+
+def _bias(config: SamplingConfig, rows: int, vocab_size: int, device: torch.device) -> Tensor | None:
+    if not config.logit_bias:
+        return None
+    bias = torch.zeros(rows, vocab_size, device=device)
+    for token_id, value in config.logit_bias.items():
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"logit_bias names token {token_id}; ids run from 0 to {vocab_size - 1}")
+        bias[:, token_id] = value
+    return bias
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, torch.tensor(list(prompt), dtype=torch.int64, device=device)] = True
+    return seen
