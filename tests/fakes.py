@@ -25,13 +25,9 @@ class MarkovModel:
         self.dtype = torch.float32
 
     @classmethod
-    def random(
-        cls, vocab_size: int, seed: int, sharpness: float = 1.5, max_context: int = 512
-    ) -> MarkovModel:
+    def random(cls, vocab_size: int, seed: int, sharpness: float = 1.5, max_context: int = 512) -> MarkovModel:
         generator = torch.Generator().manual_seed(seed)
-        return cls(
-            sharpness * torch.randn(vocab_size, vocab_size, vocab_size, generator=generator), max_context
-        )
+        return cls(sharpness * torch.randn(vocab_size, vocab_size, vocab_size, generator=generator), max_context)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         empty = torch.full((1, batch_size, 1, capacity, 1), -1.0)
@@ -53,10 +49,12 @@ class MarkovModel:
         before, last = hidden.long().unbind(-1)
         return self.table[before, last]
 
+    def next_logits(self, text: list[int]) -> Tensor:
+        """(V,) after a text, without the cache."""
+        return self.table[text[-2] if len(text) > 1 else 0, text[-1]]
+
     def next_logprobs(self, text: list[int]) -> Tensor:
-        """log p(. | text), without the cache."""
-        before = text[-2] if len(text) > 1 else 0
-        return self.table[before, text[-1]].log_softmax(-1)
+        return self.next_logits(text).log_softmax(-1)
 
 
 class ScriptedDrafter(Drafter):
@@ -73,9 +71,7 @@ class ScriptedDrafter(Drafter):
             def propose(self, context: DraftContext, length: int) -> Draft:
                 rows = [list(drafter.script(text, length)) for text in context.texts]
                 padded = [row + [0] * (length - len(row)) for row in rows]
-                return Draft(
-                    torch.tensor(padded).view(len(rows), length), torch.tensor([len(row) for row in rows])
-                )
+                return Draft(torch.tensor(padded).view(len(rows), length), torch.tensor([len(row) for row in rows]))
 
         return Scripted()
 

@@ -32,9 +32,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.length < 0 or bool(self.drafter) != bool(self.length):
-            raise ValueError(
-                f"an arm is a drafter with length >= 1, or '' with 0: got {self.drafter!r}, {self.length}"
-            )
+            raise ValueError(f"an arm is a drafter with length >= 1, or '' with 0: got {self.drafter!r}, {self.length}")
 
     def __str__(self) -> str:
         return f"{self.drafter}:{self.length}" if self.length else "plain"

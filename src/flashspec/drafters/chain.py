@@ -32,6 +32,4 @@ def write_chain(
         if offset + 1 < length:
             hidden = read_next(chosen, offset + 1)
     lengths = torch.stack(sound, 1).long().cumprod(1).sum(1)  # (B,)
-    return Draft(
-        torch.stack(token_ids, 1), lengths, torch.stack(weights, 1) if weights else None, lengths < length
-    )
+    return Draft(torch.stack(token_ids, 1), lengths, torch.stack(weights, 1) if weights else None, lengths < length)

@@ -27,9 +27,7 @@ class EarlyExitDrafter(Drafter):
 
     def start(self, context: DraftContext) -> Proposer:
         if self.num_layers >= context.target.model.num_layers:
-            raise ValueError(
-                f"num_layers is {self.num_layers}; the target has {context.target.model.num_layers}"
-            )
+            raise ValueError(f"num_layers is {self.num_layers}; the target has {context.target.model.num_layers}")
         return EarlyExitProposer(self.num_layers)
 
 

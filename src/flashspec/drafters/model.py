@@ -36,9 +36,7 @@ class ModelProposer(Proposer):
 
     def prepare(self, context: DraftContext) -> None:
         if context.bound >= self.reader.cache.capacity and context.bound < context.capacity:
-            raise RuntimeError(
-                f"the text has outgrown the drafter's context of {self.reader.cache.capacity} tokens"
-            )
+            raise RuntimeError(f"the text has outgrown the drafter's context of {self.reader.cache.capacity} tokens")
         self.reader.catch_up(context.tokens, context.lengths, context.bound)
 
     def propose(self, context: DraftContext, length: int) -> Draft:

@@ -72,18 +72,14 @@ class SpeculativeEngine:
         )
         if arms is None:
             arms = [Arm(name, config.sampling.gamma) for name in self.drafters] or [PLAIN]
-        self.arms = check_arms(
-            [Arm.parse(arm) if isinstance(arm, str) else arm for arm in arms], self.drafters
-        )
+        self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in arms], self.drafters)
         self.costs = measure_costs(self.target)
         self.selector = bandit if bandit is not None else self._make_selector()
         if self.selector.n_arms != len(self.arms):
             raise ValueError(f"bandit has {self.selector.n_arms} arms; the engine has {len(self.arms)}")
         settings = config.metrics
         self.metrics = Metrics(
-            AcceptanceTracker(max(arm.length for arm in self.arms) or 1)
-            if settings.track_acceptance
-            else None,
+            AcceptanceTracker(max(arm.length for arm in self.arms) or 1) if settings.track_acceptance else None,
             ThroughputTracker() if settings.track_throughput else None,
             LatencyTracker(settings.latency_window) if settings.track_latency else None,
         )
@@ -106,9 +102,7 @@ class SpeculativeEngine:
         others one arm a drafter at `sampling.gamma`. progress(what, fraction or None) hears of downloads."""
         config = config or FlashSpecConfig(**settings)
         loaded = _load(target, config, progress)
-        made = [
-            make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters
-        ]
+        made = [make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters]
         if arms is None and config.bandit.strategy == "auto":
             arms = default_arms(unique_names(made))
         return cls(config, made, loaded, arms=arms)
@@ -167,7 +161,7 @@ class SpeculativeEngine:
             true_rates=bandit.true_rates,
             seed=bandit.seed,
             arms=[(arm.drafter, arm.length) for arm in self.arms],
-            seconds=[self.costs.estimate(1 + arm.length) for arm in self.arms],
+            seconds=[self.costs.plain_seconds] * len(self.arms),
         )
 
 

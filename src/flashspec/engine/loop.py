@@ -147,9 +147,7 @@ class Run:
                 drafted, accepted, emitted, finish, fault = values[:HEAD]
                 token_ids = values[HEAD : HEAD + emitted]
                 steps.append(RowStep(drafted, accepted, emitted))
-                rows.append(
-                    RowOutput(row, token_ids, FinishReason(finish), _logprobs(flight.outcome, row, token_ids))
-                )
+                rows.append(RowOutput(row, token_ids, FinishReason(finish), _logprobs(flight.outcome, row, token_ids)))
                 state.texts[row].extend(token_ids)
                 state.active[row] = finish == FinishReason.RUNNING
                 faulty = faulty or bool(fault)
@@ -167,9 +165,7 @@ class Run:
             self._advance(max((row.emitted for row in record.rows), default=0))
         if flight.arm_index is not None:
             pairs = [(row.drafted, row.accepted) for row in record.rows]
-            self.selector.update(
-                flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds
-            )
+            self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
 
 
 def _logprobs(outcome: Outcome, row: int, token_ids: list[int]) -> list[TokenLogprobs]:

@@ -16,9 +16,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._readers: dict[
-            int, tuple[Reader, int]
-        ] = {}  # id of the model -> reader, tokens it has surely read
+        self._readers: dict[int, tuple[Reader, int]] = {}  # id of the model -> reader, tokens it has surely read
 
     @torch.inference_mode()
     def borrow(self, model: LanguageModel, prompt: Sequence[int], lag: int) -> Reader:
@@ -26,9 +24,7 @@ class PrefixCache:
         reader, read = self._readers.pop(id(model), (None, 0))
         if reader is None:
             reader = Reader(model, 1, model.max_context, lag)
-        shared = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._text, prompt, strict=False))
-        )
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._text, prompt, strict=False)))
         kept = min(read, shared, len(prompt) - 1)
         reader.cached.fill_(kept)
         reader.stale = len(prompt) - 1 - kept

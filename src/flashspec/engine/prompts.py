@@ -30,14 +30,14 @@ def encode_prompts(prompt: Prompt, tokenizer: Tokenizer | None, model: LanguageM
     return rows
 
 
-def _token_rows(prompt: Any, tokenizer: Tokenizer | None) -> list[list[int]]:
+def _token_rows(prompt: Prompt, tokenizer: Tokenizer | None) -> list[list[int]]:
     if isinstance(prompt, Tensor):
         if prompt.dim() != 2 or prompt.is_floating_point():
             raise ValueError(
                 f"prompt is a {prompt.dtype} tensor of shape {tuple(prompt.shape)}; it should be int64 (B, T)"
             )
         return [[token_id for token_id in row if token_id != -1] for row in prompt.tolist()]
-    items = [prompt] if isinstance(prompt, str) else list(prompt)
+    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not items:
         raise ValueError("prompt is empty; give text, messages or token ids")
     if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
@@ -48,6 +48,4 @@ def _token_rows(prompt: Any, tokenizer: Tokenizer | None) -> list[list[int]]:
         return [tokenizer.encode(item) for item in items]
     if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
         return [tokenizer.apply_chat_template(items)]
-    raise ValueError(
-        "prompt should be text, a list of texts, messages with 'role' and 'content', or token ids"
-    )
+    raise ValueError("prompt should be text, a list of texts, messages with 'role' and 'content', or token ids")

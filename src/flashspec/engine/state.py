@@ -37,8 +37,8 @@ class DecodeState:
     """B rows of text, left-aligned in tokens (B, capacity + SLACK) int64; what lies behind lengths is garbage.
 
     lengths, limits, finish: (B,) int64, the committed length, the length at which a row ends, a FinishReason.
-    stop_ids: (K,) int64. num_logprobs: None, or how many top tokens to report. The rest is the host's view: bound >=
-    every length, texts the committed tokens, active the rows still being written, readers the caches, the target's first.
+    stop_ids: (K,) int64. num_logprobs: None, or how many top tokens to report. readers: the caches, the target's first.
+    The rest is the host's view: bound >= every length, texts the committed tokens, active the rows still being written.
     """
 
     tokens: Tensor

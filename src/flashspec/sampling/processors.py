@@ -18,9 +18,9 @@ NEVER = float("-inf")
 class Transforms:
     """Sampling parameters a row. Tensors of shape (B,) unless said; None where no row uses the transform.
 
-    temperature: float32. greedy: bool, rows at temperature 0. top_k: int64, at most `max_top_k`. bias: (B, V) float32, added to the logits.
-    prompt_seen: (B, V) bool and output_counts: (B, V) float32 feed repetition, presence and frequency.
-    stop_ids: (B, K) int64 padded with -1, masked before text position min_lengths.
+    temperature: float32. greedy: bool, rows at temperature 0. top_k: int64, at most `max_top_k`. bias: (B, V) float32,
+    added to the logits. prompt_seen: (B, V) bool and output_counts: (B, V) float32 feed repetition, presence and
+    frequency. stop_ids: (B, K) int64 padded with -1, masked before text position min_lengths.
     """
 
     temperature: Tensor

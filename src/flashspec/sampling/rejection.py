@@ -39,15 +39,11 @@ def residual_weights(target_logprobs: Tensor, draft: Draft, num_accepted: Tensor
     rejected = num_accepted < draft.lengths  # (B,)
     index = num_accepted.clamp(max=last)
     if draft.logits is None:
-        draft_probs = torch.zeros_like(target_probs).scatter_(
-            1, draft.token_ids.gather(1, index[:, None]), 1.0
-        )
+        draft_probs = torch.zeros_like(target_probs).scatter_(1, draft.token_ids.gather(1, index[:, None]), 1.0)
     else:
         draft_probs = pick(draft.logits, index).softmax(-1)
     residual = torch.where(rejected[:, None], target_probs - draft_probs, target_probs).clamp(min=0)
-    empty = (
-        residual.sum(-1, keepdim=True) == 0
-    )  # p == q up to rounding: a rejection that exact arithmetic cannot have
+    empty = residual.sum(-1, keepdim=True) == 0  # p == q up to rounding: a rejection that exact arithmetic cannot have
     return torch.where(empty, target_probs, residual).log()
 
 
@@ -63,9 +59,7 @@ def verify_rejection(weights: Tensor, draft: Draft, seeds: Tensor, positions: Te
         draft_logprobs = draft.logits.log_softmax(-1)
         accepted, _ = verify_tokens(draft_logprobs, target_logprobs[:, :gamma], uniform, draft.token_ids)
     num_accepted = leading(accepted, draft.lengths)
-    noise = philox_gumbel(
-        seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1]
-    )[:, 0]
+    noise = philox_gumbel(seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1])[:, 0]
     next_token = (residual_weights(target_logprobs, draft, num_accepted) + noise).argmax(-1)
     return Verdict(num_accepted, next_token, torch.zeros_like(num_accepted, dtype=torch.bool))
 

@@ -97,9 +97,7 @@ def make_sampler(
         prompt_seen=_seen(prompts, vocab_size, device) if penalised else None,
         output_counts=torch.zeros(rows, vocab_size, device=device) if penalised else None,
         stop_ids=torch.tensor([list(stop_ids)] * rows, device=device) if delayed else None,
-        min_lengths=torch.tensor([len(p) + config.min_tokens for p in prompts], device=device)
-        if delayed
-        else None,
+        min_lengths=torch.tensor([len(p) + config.min_tokens for p in prompts], device=device) if delayed else None,
     )
     seeds = torch.tensor([(seed + row) % 2**63 for row in range(rows)], dtype=torch.int64, device=device)
     return Sampler(config, transforms, seeds)

@@ -1,0 +1,36 @@
+# Every target makes the environment it needs. CI and users run the same lines.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test bench-quick lint format clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]" triton
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/flashspec generate --compare "Write a Python function that checks whether a word is a palindrome, then explain it."
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+bench-quick: $(STAMP)
+	$(BIN)/flashspec bench endtoend --limit 4 --max-new-tokens 64 --output build/bench-quick.json
+
+clean:
+	rm -rf $(VENV) build dist .coverage .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,253 @@
+"""The output follows the target's own joint distribution, whatever drafts and however the arms are switched.
+
+Every case decodes 12,000 rows and compares the tuples that came out with the exact joint probabilities (G-test,
+alpha = 0.01 over the whole family, Bonferroni). Seeds are fixed, so a failure is a change of the code.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from fakes import MarkovModel, ScriptedDrafter
+from scipy import stats
+from statistics_of_text import g_test, joint_distribution
+
+import flashspec.sampling.sampler as sampler_module
+from flashspec.bandit import DraftSelector, make_selector
+from flashspec.config import SamplingConfig
+from flashspec.core import Arm, Draft, Verdict
+from flashspec.drafters.base import Drafter
+from flashspec.drafters.early_exit import EarlyExitDrafter
+from flashspec.drafters.host import HostDrafter
+from flashspec.drafters.model import ModelDrafter
+from flashspec.drafters.ngram import NgramDrafter
+from flashspec.drafters.suffix import SuffixDrafter
+from flashspec.engine.loop import Run
+from flashspec.engine.state import DecodeState
+from flashspec.sampling.rejection import leading, pick, residual_weights, verify_rejection
+from flashspec.sampling.sampler import make_sampler
+
+ROWS = 12_000
+ALPHA = 0.01
+PROMPT = [1, 2, 1, 2, 1]
+NEVER = float("-inf")
+
+
+class RandomSelector(DraftSelector):
+    """Switches arms at every step, whatever happens."""
+
+    def __init__(self, n_arms: int, window_size: int = 500) -> None:
+        super().__init__(n_arms, window_size)
+        self._random = random.Random(7)
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        return self._random.choice(list(arms))
+
+    def _options(self) -> dict[str, object]:
+        return {"n_arms": self.n_arms}
+
+
+def target_and_drafter(kind: str, vocab_size: int) -> tuple[MarkovModel, MarkovModel]:
+    target = MarkovModel.random(vocab_size, seed=11)
+    draft = MarkovModel.random(vocab_size, seed=12)
+    if kind == "nearly equal":
+        draft = MarkovModel(target.table + 0.05 * draft.table)
+    elif kind == "equal":
+        draft = MarkovModel(target.table.clone())
+    elif kind == "disjoint":
+        target.table[..., ::2] = NEVER
+        draft.table[..., 1::2] = NEVER
+    elif kind == "peaked":
+        draft = MarkovModel(40 * draft.table)
+    return target, draft
+
+
+class ReversedDrafter:
+    """Only has generate_draft: each token drawn from its own distribution, which ignores the text."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.logprobs = torch.linspace(0, 2, vocab_size).log_softmax(-1)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = torch.multinomial(self.logprobs.exp(), gamma, replacement=True, generator=self.generator)
+        return drawn[None], self.logprobs.expand(1, gamma, -1)
+
+
+def make_drafters(draft: MarkovModel) -> dict[str, Drafter]:
+    vocab_size = draft.vocab_size
+    return {
+        "model": ModelDrafter(draft),
+        "ngram": NgramDrafter(),
+        "suffix": SuffixDrafter(),
+        "early-exit": EarlyExitDrafter(1),
+        "host": HostDrafter(ReversedDrafter(vocab_size), "host"),
+        "scripted": ScriptedDrafter(lambda text, n: [(text[-1] + 1) % vocab_size] * (len(text) % (n + 1))),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    arms: tuple[str, ...]
+    settings: dict[str, object] = field(default_factory=dict)
+    kind: str = "random"
+    vocab_size: int = 5
+    count: int = 3
+    selector: str = "random"
+    lag: int = 0
+    rows: int = ROWS
+
+
+MIXED = ("plain", "model:1", "model:3", "ngram:2", "suffix:4", "early-exit:2", "scripted:3")
+CASES = [
+    Case("plain", ("plain",)),
+    *(
+        Case(f"model {kind}", ("model:2",), kind=kind)
+        for kind in ("random", "nearly equal", "equal", "disjoint", "peaked")
+    ),
+    *(Case(f"model gamma {gamma}", (f"model:{gamma}",), count=4, vocab_size=4) for gamma in (1, 3, 4)),
+    Case("wide vocabulary", ("model:2",), vocab_size=16, count=2),
+    *(Case(f"temperature {t}", ("model:3",), {"temperature": t}) for t in (0.3, 1.7)),
+    Case("greedy", MIXED, {"temperature": 0.0}),
+    Case("top-k", MIXED, {"top_k": 3}),
+    Case("top-p", MIXED, {"top_p": 0.7}),
+    Case("min-p", MIXED, {"min_p": 0.2}),
+    Case("everything at once", MIXED, {"top_k": 4, "top_p": 0.9, "min_p": 0.05, "temperature": 1.3}),
+    Case("repetition penalty", MIXED, {"repetition_penalty": 1.8}),
+    Case("presence and frequency", MIXED, {"presence_penalty": 1.0, "frequency_penalty": 0.7}),
+    Case("logit bias", MIXED, {"logit_bias": {0: 1.5, 3: -2.0}}),
+    *(Case(f"drafter {name}", (arm,)) for name, arm in (("ngram", "ngram:3"), ("suffix", "suffix:4"))),
+    *(Case(f"drafter {name}", (arm,)) for name, arm in (("early exit", "early-exit:3"), ("scripted", "scripted:3"))),
+    Case("drafter with generate_draft", ("host:2",), rows=10_000),
+    Case("arms at random", MIXED, count=4, vocab_size=4),
+    Case("arms adaptively", MIXED, count=4, vocab_size=4, selector="thompson"),
+    Case("feedback one step late", MIXED, count=4, vocab_size=4, selector="thompson", lag=1),
+    *(
+        Case(f"coupled {kind}", MIXED, {"variant": "coupled"}, kind=kind)
+        for kind in ("random", "nearly equal", "disjoint", "peaked")
+    ),
+    Case("coupled with transforms", MIXED, {"variant": "coupled", "top_k": 4, "top_p": 0.9, "presence_penalty": 1.0}),
+]
+
+
+def decode(case: Case) -> tuple[torch.Tensor, MarkovModel, SamplingConfig]:
+    """(rows, count) tokens; each row runs a few tokens further, so that drafts cross the tuple's end."""
+    target, draft = target_and_drafter(case.kind, case.vocab_size)
+    config = SamplingConfig(**{"temperature": 1.0, **case.settings})
+    arms = [Arm.parse(name) for name in case.arms]
+    prompts = [PROMPT] * case.rows
+    sampler = make_sampler(config, prompts, [], case.vocab_size, 1000, target.device)
+    limits = [len(PROMPT) + case.count + 2] * case.rows
+    state = DecodeState.create(prompts, limits, [], target, sampler)
+    selector = RandomSelector(len(arms)) if case.selector == "random" else make_selector("thompson", len(arms), seed=5)
+    for _ in Run(state, arms, selector, make_drafters(draft), lag=case.lag):
+        pass
+    texts = torch.tensor([text[len(PROMPT) :] for text in state.texts])
+    return texts[:, : case.count], target, config
+
+
+def p_value(case: Case) -> float:
+    texts, target, config = decode(case)
+    exact = joint_distribution(target.next_logits, config, PROMPT, case.count, case.vocab_size)
+    return g_test(texts, exact)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tuples_follow_the_targets_joint_distribution(case: Case) -> None:
+    assert p_value(case) > ALPHA / len(CASES)
+
+
+def test_kolmogorov_smirnov_gate() -> None:
+    """10,000 first tokens against the target's distribution, alpha = 0.01."""
+    texts, target, _ = decode(Case("gate", ("model:4",), vocab_size=16, count=1, rows=10_000))
+    cumulative = target.next_logprobs(PROMPT).double().exp().cumsum(0)
+    observed = torch.bincount(texts[:, 0], minlength=16).cumsum(0) / len(texts)
+    distance = float((observed - cumulative).abs().max())
+    assert distance < stats.kstwobign.isf(ALPHA) / len(texts) ** 0.5
+
+
+def keeps_tokens_after_a_rejection(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
+    verdict = verify_rejection(weights, draft, seeds, positions)
+    later = leading(torch.ones_like(draft.token_ids, dtype=torch.bool), draft.lengths)
+    verdict.num_accepted = torch.where(verdict.num_accepted > 0, later, verdict.num_accepted)
+    return verdict
+
+
+def overwrites_the_last_accepted_token(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
+    verdict = verify_rejection(weights, draft, seeds, positions)
+    verdict.num_accepted = (verdict.num_accepted - 1).clamp(min=0)
+    return verdict
+
+
+def draws_the_recovered_token_from_p(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
+    verdict = verify_rejection(weights, draft, seeds, positions)
+    noise = -(-torch.rand(weights.shape[0], weights.shape[2], generator=torch.Generator().manual_seed(1)).log()).log()
+    verdict.next_token = (pick(weights, verdict.num_accepted) + noise).argmax(-1)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    "wrong", [keeps_tokens_after_a_rejection, overwrites_the_last_accepted_token, draws_the_recovered_token_from_p]
+)
+def test_wrong_verifiers_are_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(sampler_module, "verify_rejection", wrong)
+    assert p_value(Case("wrong", ("model:3",))) < 1e-9
+
+
+def one_step(kind: str = "random", gamma: int = 3, rows: int = 20_000):  # type: ignore[no-untyped-def]
+    """A verdict over many rows of one position's distributions, with drafts drawn from q."""
+    vocab_size = 6
+    generator = torch.Generator().manual_seed(4)
+    target_logits = torch.randn(gamma + 1, vocab_size, generator=generator)
+    draft_logits = torch.randn(gamma, vocab_size, generator=generator)
+    drawn = torch.stack(
+        [torch.multinomial(row.softmax(-1), rows, replacement=True, generator=generator) for row in draft_logits], 1
+    )
+    draft = Draft(drawn, torch.full((rows,), gamma), draft_logits.expand(rows, -1, -1))
+    weights = target_logits.expand(rows, -1, -1)
+    positions = torch.arange(gamma + 1).expand(rows, -1)
+    verdict = verify_rejection(weights, draft, torch.arange(rows), positions)
+    return target_logits.softmax(-1).double(), draft_logits.softmax(-1).double(), draft, verdict
+
+
+def test_expected_acceptance_is_the_overlap() -> None:
+    target_probs, draft_probs, _, verdict = one_step()
+    overlap = torch.minimum(target_probs[:3], draft_probs).sum(-1)  # (γ,)
+    expected = float(overlap.cumprod(0).sum())
+    sampled = verdict.num_accepted.double()
+    assert abs(float(sampled.mean()) - expected) < 4 * float(sampled.std()) / len(sampled) ** 0.5
+
+
+def test_the_token_after_a_rejection_follows_the_residual() -> None:
+    target_probs, draft_probs, _, verdict = one_step()
+    residual = (target_probs[0] - draft_probs[0]).clamp(min=0)
+    rejected = verdict.next_token[verdict.num_accepted == 0]
+    assert g_test(rejected[:, None], residual / residual.sum()) > ALPHA
+
+
+def test_the_bonus_token_follows_the_target() -> None:
+    target_probs, _, _, verdict = one_step()
+    bonus = verdict.next_token[verdict.num_accepted == 3]
+    assert g_test(bonus[:, None], target_probs[3]) > ALPHA
+
+
+def test_a_one_hot_target_accepts_everything_that_agrees() -> None:
+    weights = torch.full((2, 3, 4), NEVER)
+    weights[..., 2] = 0.0
+    draft = Draft(torch.tensor([[2, 2], [2, 1]]), torch.tensor([2, 2]))
+    verdict = verify_rejection(weights, draft, torch.arange(2), torch.arange(3).expand(2, -1))
+    assert verdict.num_accepted.tolist() == [2, 1]
+    assert verdict.next_token.tolist() == [2, 2]
+
+
+def test_a_rejection_without_a_residual_falls_back_to_the_target() -> None:
+    """p == q leaves nothing to recover from; rounding can still reject, and the token must be a possible one."""
+    logits = torch.tensor([[[0.0, 1.0, NEVER], [0.0, 0.0, 0.0]]])
+    draft = Draft(torch.tensor([[1]]), torch.tensor([1]), logits[:, :1])
+    weights = residual_weights(logits.log_softmax(-1), draft, torch.tensor([0]))
+    assert weights[0, 2] == NEVER and weights[0, :2].isfinite().all()
