@@ -38,7 +38,7 @@ class MarkovModel:
     ) -> Tensor:
         seen = cache.keys[0, :, 0, :, 0]  # (B, capacity)
         seen.scatter_(1, positions, token_ids.float())
-        assert bound <= cache.capacity
+        assert int(positions.max()) < bound <= cache.capacity
         last = seen.gather(1, positions).long()
         before = torch.where(positions > 0, seen.gather(1, (positions - 1).clamp(min=0)).long(), 0)
         if num_layers is not None:  # an early exit sees the last token only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,14 +74,11 @@ class Draft:
         )
 
 
-@dataclass(slots=True)
-class Verdict:
-    """num_accepted: (B,) int64, draft tokens kept. next_token: (B,) int64, recovered or bonus token.
-    failed: (B,) bool, rows whose target logits were not finite."""
+class Verdict(NamedTuple):
+    """num_accepted: (B,) int64, draft tokens kept. next_token: (B,) int64, recovered or bonus token."""
 
     num_accepted: Tensor
     next_token: Tensor
-    failed: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The target's raw log-probability of an emitted token, and the most likely tokens in its place."""
+    """The target's raw log-probability of an emitted token, and the most likely tokens in its place, best first."""
 
     token_id: int
     logprob: float

@@ -103,6 +103,7 @@ class Case:
     rows: int = ROWS
 
 
+KINDS = ("random", "nearly equal", "equal", "disjoint", "peaked")
 MIXED = ("plain", "model:1", "model:3", "ngram:2", "suffix:4", "early-exit:2", "scripted:3")
 CASES = [
     Case("plain", ("plain",)),
@@ -174,21 +175,18 @@ def test_kolmogorov_smirnov_gate() -> None:
 def keeps_tokens_after_a_rejection(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
     verdict = verify_rejection(weights, draft, seeds, positions)
     later = leading(torch.ones_like(draft.token_ids, dtype=torch.bool), draft.lengths)
-    verdict.num_accepted = torch.where(verdict.num_accepted > 0, later, verdict.num_accepted)
-    return verdict
+    return verdict._replace(num_accepted=torch.where(verdict.num_accepted > 0, later, verdict.num_accepted))
 
 
 def overwrites_the_last_accepted_token(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
     verdict = verify_rejection(weights, draft, seeds, positions)
-    verdict.num_accepted = (verdict.num_accepted - 1).clamp(min=0)
-    return verdict
+    return verdict._replace(num_accepted=(verdict.num_accepted - 1).clamp(min=0))
 
 
 def draws_the_recovered_token_from_p(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
     verdict = verify_rejection(weights, draft, seeds, positions)
     noise = -(-torch.rand(weights.shape[0], weights.shape[2], generator=torch.Generator().manual_seed(1)).log()).log()
-    verdict.next_token = (pick(weights, verdict.num_accepted) + noise).argmax(-1)
-    return verdict
+    return verdict._replace(next_token=(pick(weights, verdict.num_accepted) + noise).argmax(-1))
 
 
 @pytest.mark.parametrize(

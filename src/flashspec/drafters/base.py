@@ -17,7 +17,7 @@ class DraftContext(Protocol):
     """What a proposer may look at: the engine's state of one batch.
 
     tokens: (B, T) int64, committed text up to lengths (B,) int64, garbage behind. bound: host integer, at least every
-    length. texts: the host's copy of the committed text a row; complete wherever `propose` is not captured in a graph.
+    length. texts: the host's copy of the committed text a row; complete for drafters `on_host`.
     active: host copy of which rows are still being written. token_cost: what verifying one more token costs, as a
     fraction of a step without a draft. target: the target's reader.
     """
@@ -58,10 +58,12 @@ class Proposer(ABC):
 
 
 class Drafter(ABC):
-    """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise."""
+    """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise. `on_host`: its
+    proposers read `texts`, so a step must wait until the host knows the one before."""
 
     name: str = "drafter"
     lengths: tuple[int, ...] = (2, 4, 8)
+    on_host: bool = False
 
     @classmethod
     def create(cls, target: LanguageModel) -> Drafter:

@@ -19,6 +19,8 @@ class GeneratesDraft(Protocol):
 
 
 class HostDrafter(Drafter):
+    on_host = True
+
     def __init__(self, source: GeneratesDraft, name: str) -> None:
         self.source = source
         self.name = name

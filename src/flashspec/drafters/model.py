@@ -35,8 +35,9 @@ class ModelProposer(Proposer):
         self.reader = reader
 
     def prepare(self, context: DraftContext) -> None:
-        if context.bound >= self.reader.cache.capacity and context.bound < context.capacity:
-            raise RuntimeError(f"the text has outgrown the drafter's context of {self.reader.cache.capacity} tokens")
+        room = self.reader.cache.capacity
+        if room < context.capacity and context.bound >= room:
+            raise RuntimeError(f"the text has outgrown the drafter's context of {room} tokens")
         self.reader.catch_up(context.tokens, context.lengths, context.bound)
 
     def propose(self, context: DraftContext, length: int) -> Draft:

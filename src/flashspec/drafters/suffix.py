@@ -63,6 +63,7 @@ class SuffixDrafter(Drafter):
     """remember: also match texts of earlier requests; leave it off where requests must not learn of each other."""
 
     name = "suffix"
+    on_host = True
     lengths = (16,)  # it stops by itself where more tokens would not pay
 
     def __init__(self, min_match: int = 1, max_match: int = 6, remember: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flashspec.config import SamplingConfig
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """Iterating it decodes and yields Chunks; `result()` holds what is written so far, rows that are not at their end
-    as 'cancelled'. Leaving the iterator early frees the engine for others."""
+    """Iterating it decodes and yields Chunks. `result()` ends it, with what is written so far; rows that were not at
+    their end are 'cancelled'. The engine is held from the first chunk to the end."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Generation:
         return self._chunks
 
     def result(self) -> GenerationResult:
+        self._chunks.close()
         for row in self.rows:
             if row.finish is FinishReason.RUNNING:
                 row.finish = FinishReason.CANCELLED
@@ -62,7 +63,7 @@ class Generation:
             self.settings.logprobs is not None,
         )
 
-    def _decode(self) -> Iterator[Chunk]:
+    def _decode(self) -> Generator[Chunk, None, None]:
         with self.engine.lock:
             started = time.perf_counter()
             run = self._start()
@@ -83,7 +84,7 @@ class Generation:
                         tuple(row_output.logprobs[:count]),
                         None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
                     )
-            self._end(run.state)
+            self._end(run)
 
     def _start(self) -> Run:
         engine, settings, model = self.engine, self.settings, self.engine.target
@@ -105,9 +106,10 @@ class Generation:
             engine.selector.enable(arm)
         return Run(state, engine.arms, engine.selector, engine.drafters, lag=int(model.device.type == "cuda"))
 
-    def _end(self, state: DecodeState) -> None:
-        if self.memory is not None:
-            self.memory.keep(state.texts[0], state.readers)
+    def _end(self, run: Run) -> None:
+        state = run.state
+        if self.memory is not None:  # a drafter that failed may have left its cache half written
+            self.memory.keep(state.texts[0], state.readers[:1] if run.broken else state.readers)
         for drafter in self.engine.drafters.values():
             drafter.learn(state.texts)
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from warnings import warn
 
 import torch
 
 from flashspec.bandit import DraftSelector
-from flashspec.core import PLAIN, Arm, FinishReason, RowStep, StepRecord, TokenLogprobs
-from flashspec.drafters.base import Drafter, NoDraft, Proposer
-from flashspec.engine.state import DecodeState, Outcome
+from flashspec.core import PLAIN, Arm, Draft, FinishReason, RowStep, StepRecord, TokenLogprobs
+from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
+from flashspec.engine.outcome import Outcome
+from flashspec.engine.state import DecodeState
 from flashspec.engine.step import step
-
-HEAD = 5  # columns of Outcome.packed ahead of the tokens
 
 
 @dataclass(slots=True)
@@ -45,18 +45,41 @@ class _Flight:
     started: float
     active: list[bool]
 
-    @property
-    def width(self) -> int:
-        """The most tokens that a row may have grown by."""
-        return self.outcome.packed.shape[1] - HEAD
+
+class DrafterFailed(Exception):
+    """A drafter raised; the text is untouched."""
+
+
+class _Guarded(Proposer):
+    """A proposer whose exceptions can be told from those of the target."""
+
+    def __init__(self, drafter: Drafter, context: DraftContext) -> None:
+        with _blaming_the_drafter():
+            self.inner = drafter.start(context)
+
+    def prepare(self, context: DraftContext) -> None:
+        with _blaming_the_drafter():
+            self.inner.prepare(context)
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        with _blaming_the_drafter():
+            return self.inner.propose(context, length)
+
+
+@contextmanager
+def _blaming_the_drafter() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise DrafterFailed(f"{type(error).__name__}: {error}") from error
 
 
 class Run:
     """Iterating it decodes, one step an item, until every row is finished.
 
-    proposers start lazily, so that a drafter which is never chosen costs nothing. A drafter that raises or drafts NaN
+    Proposers start lazily, so that a drafter which is never chosen costs nothing. A drafter that raises or drafts NaN
     is out for the rest of the run, and the step is taken without it. lag: how many steps the host may be behind the
-    device: 0 where reading a result is free, 1 on a GPU.
+    device: 0 where reading a result is free, 1 on a GPU; drafters that work on the host wait for the news.
     """
 
     def __init__(
@@ -77,10 +100,15 @@ class Run:
         self.proposers: dict[str, Proposer] = {"": NoDraft()}
         self.broken: set[str] = set()
         self.flights: deque[_Flight] = deque()
+        self._landed = 0.0  # when the last flight did
 
     def __iter__(self) -> Iterator[StepOutput]:
         while any(self.state.active):
-            self.flights.append(self._launch())
+            arm_index = self._choose()
+            arm = PLAIN if arm_index is None else self.arms[arm_index]
+            while self.flights and arm.length and self.drafters[arm.drafter].on_host:
+                yield self._land()
+            self.flights.append(self._launch(arm_index, arm))
             if len(self.flights) > self.lag:
                 yield self._land()
         self.flights.clear()  # steps that ran ahead of the news that every row is done
@@ -92,24 +120,20 @@ class Run:
         self.state.finish[row] = int(reason)
 
     @torch.inference_mode()
-    def _launch(self) -> _Flight:
+    def _launch(self, arm_index: int | None, arm: Arm) -> _Flight:
         state = self.state
         state.prepare()
         started = self.clock()  # a prefill is no arm's doing
-        arm_index = self._choose()
-        arm = PLAIN if arm_index is None else self.arms[arm_index]
         try:
             outcome = self._attempt(arm)
-        except Exception as error:
-            if not arm.length:
-                raise
-            self._quarantine(arm.drafter, f"{type(error).__name__}: {error}")
+        except DrafterFailed as failure:
+            self._quarantine(arm.drafter, str(failure))
             arm_index, arm = None, PLAIN
             outcome = self._attempt(arm)
-        flight = _Flight(arm_index, arm, outcome, started, list(state.active))
         if self.lag:
-            self._advance(flight.width)
-        return flight
+            self._advance(outcome.width)
+            state.bound = min(state.bound + outcome.width, state.capacity)
+        return _Flight(arm_index, arm, outcome, started, list(state.active))
 
     def _choose(self) -> int | None:
         if all(arm.drafter in self.broken for arm in self.arms):
@@ -118,7 +142,7 @@ class Run:
 
     def _attempt(self, arm: Arm) -> Outcome:
         if arm.drafter not in self.proposers:
-            self.proposers[arm.drafter] = self.drafters[arm.drafter].start(self.state)
+            self.proposers[arm.drafter] = _Guarded(self.drafters[arm.drafter], self.state)
         proposer = self.proposers[arm.drafter]
         proposer.prepare(self.state)
         return step(self.state, proposer, arm.length)
@@ -139,41 +163,28 @@ class Run:
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
-        packed = flight.outcome.packed.tolist()  # waits for the device
-        seconds = self.clock() - flight.started
-        rows, steps, faulty = [], [], False
-        for row, values in enumerate(packed):
+        fetched = flight.outcome.fetch()  # waits for the device
+        now = self.clock()
+        seconds, self._landed = now - max(flight.started, self._landed), now
+        outputs, steps = [], []
+        for row, news in enumerate(fetched):
+            state.texts[row].extend(news.token_ids)
             if flight.active[row] and state.active[row]:
-                drafted, accepted, emitted, finish, fault = values[:HEAD]
-                token_ids = values[HEAD : HEAD + emitted]
-                steps.append(RowStep(drafted, accepted, emitted))
-                rows.append(RowOutput(row, token_ids, FinishReason(finish), _logprobs(flight.outcome, row, token_ids)))
-                state.texts[row].extend(token_ids)
-                state.active[row] = finish == FinishReason.RUNNING
-                faulty = faulty or bool(fault)
+                steps.append(RowStep(news.drafted, news.accepted, len(news.token_ids)))
+                outputs.append(RowOutput(row, news.token_ids, news.finish, news.logprobs))
+                state.active[row] = news.finish is FinishReason.RUNNING
         record = StepRecord(flight.arm, tuple(steps), seconds)
         self._settle(flight, record)
-        if faulty:
+        if any(news.faulty for news in fetched):
             self._quarantine(flight.arm.drafter, "its logits are not finite")
-        return StepOutput(record, rows)
+        return StepOutput(record, outputs)
 
     def _settle(self, flight: _Flight, record: StepRecord) -> None:
         state = self.state
-        ahead = sum(flight.width for flight in self.flights)
+        ahead = sum(flight.outcome.width for flight in self.flights)
         state.bound = min(max(map(len, state.texts)) + ahead, state.capacity)
         if not self.lag:
             self._advance(max((row.emitted for row in record.rows), default=0))
         if flight.arm_index is not None:
             pairs = [(row.drafted, row.accepted) for row in record.rows]
             self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
-
-
-def _logprobs(outcome: Outcome, row: int, token_ids: list[int]) -> list[TokenLogprobs]:
-    if outcome.logprobs is None or outcome.top_ids is None or outcome.top_logprobs is None:
-        return []
-    chosen = outcome.logprobs[row].tolist()
-    ids, values = outcome.top_ids[row].tolist(), outcome.top_logprobs[row].tolist()
-    return [
-        TokenLogprobs(token_id, chosen[i], tuple(zip(ids[i], values[i], strict=True)))
-        for i, token_id in enumerate(token_ids)
-    ]

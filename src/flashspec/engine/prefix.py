@@ -10,27 +10,34 @@ import torch
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
+ROUND = 1024  # slots that a cache grows by
+
 
 class PrefixCache:
     """One row's text and the readers that have read it. A reader is lent to one run at a time."""
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._readers: dict[int, tuple[Reader, int]] = {}  # id of the model -> reader, tokens it has surely read
+        self._readers: dict[tuple[int, int], tuple[Reader, int]] = {}  # (id of the model, lag) -> reader, tokens read
 
     @torch.inference_mode()
-    def borrow(self, model: LanguageModel, prompt: Sequence[int], lag: int) -> Reader:
-        """A reader that already holds what `prompt` shares with the kept text."""
-        reader, read = self._readers.pop(id(model), (None, 0))
+    def borrow(self, model: LanguageModel, text: Sequence[int], bound: int, capacity: int, lag: int) -> Reader:
+        """A reader with room for `capacity` tokens that already holds what `text` shares with the kept one; its row is
+        at most `bound` long."""
+        reader, read = self._readers.pop((id(model), lag), (None, 0))
+        room = min(-(-capacity // ROUND) * ROUND, model.max_context)
         if reader is None:
-            reader = Reader(model, 1, model.max_context, lag)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._text, prompt, strict=False)))
-        kept = min(read, shared, len(prompt) - 1)
+            reader = Reader(model, 1, room, lag)
+        reader.grow(room)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._text, text, strict=False)))
+        kept = min(read, shared, len(text) - 1)
         reader.cached.fill_(kept)
-        reader.stale = len(prompt) - 1 - kept
+        reader.stale = bound - 1 - kept
         return reader
 
     def keep(self, text: Sequence[int], readers: Sequence[Reader]) -> None:
-        """Take the readers back after a run that ended well."""
+        """Take readers back after a run that ended well."""
         self._text = list(text)
-        self._readers = {id(reader.model): (reader, len(text) - 1 - reader.stale) for reader in readers}
+        self._readers = {
+            (id(reader.model), reader.lag): (reader, max(0, len(text) - 1 - reader.stale)) for reader in readers
+        }

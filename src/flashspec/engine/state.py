@@ -9,27 +9,13 @@ import torch
 from torch import Tensor
 
 from flashspec.core import Draft, FinishReason, Verdict
+from flashspec.engine.outcome import Logprobs, Outcome
 from flashspec.engine.prefix import PrefixCache
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step did, on the device, in one tensor that the host reads in one copy.
-
-    packed: (B, 5 + γ + 1) int64: drafted, accepted, emitted, finish reason, whether the draft was faulty, then the
-    tokens, of which the first `emitted` count. logprobs: (B, γ + 1) float32 of those tokens under the
-    target's raw logits, top: ids and log-probs (B, γ + 1, n); None where not asked for.
-    """
-
-    packed: Tensor
-    logprobs: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -101,10 +87,11 @@ class DecodeState:
         return self._open_reader(model, lag=1)
 
     def _open_reader(self, model: LanguageModel, lag: int) -> Reader:
+        capacity = min(self.capacity, model.max_context)
         if self.memory is not None:
-            reader = self.memory.borrow(model, self.texts[0], lag)
+            reader = self.memory.borrow(model, self.texts[0], self.bound, capacity, lag)
         else:
-            reader = Reader(model, len(self.texts), min(self.capacity, model.max_context), lag)
+            reader = Reader(model, len(self.texts), capacity, lag)
             reader.stale = self.bound - 1
         self.readers.append(reader)
         return reader
@@ -125,43 +112,34 @@ class DecodeState:
         hidden = self.target.read(window, positions, self.bound + window.shape[1] - 1)
         return self.target.model.logits(hidden)
 
-    def commit(self, draft: Draft, verdict: Verdict, logits: Tensor) -> Outcome:
-        """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths."""
+    def commit(self, draft: Draft, verdict: Verdict, failed: Tensor, logits: Tensor) -> Outcome:
+        """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths.
+
+        failed: (B,) bool, rows whose logits (B, γ + 1, V) are not finite: they end here, and grow by nothing."""
         gamma = draft.token_ids.shape[1]
         index = torch.arange(gamma + 1, device=self.tokens.device)
         emitted = torch.cat([draft.token_ids, verdict.next_token[:, None]], 1)  # (B, γ + 1)
         emitted = emitted.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
+        logprobs = None if self.num_logprobs is None else Logprobs.of(logits, emitted, self.num_logprobs)
 
-        running = (self.finish == FinishReason.RUNNING) & ~verdict.failed
-        room = self.limits - self.lengths
-        num_emitted = torch.minimum(verdict.num_accepted + 1, room)
+        running = self.finish == FinishReason.RUNNING
+        growing = running & ~failed
+        num_emitted = torch.minimum(verdict.num_accepted + 1, self.limits - self.lengths)
         stops = (emitted[..., None] == self.stop_ids).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
         before_stop = (stops.long().cumsum(1) == 0).sum(1)  # tokens ahead of the first stop token
-        stopped = before_stop <= gamma
-        num_emitted = torch.minimum(num_emitted, before_stop + 1) * running
+        num_emitted = torch.minimum(num_emitted, before_stop + 1) * growing
+        lengths = self.lengths + num_emitted
+        stopped, full = growing & (before_stop <= gamma), growing & (lengths >= self.limits)
+        ended = torch.where(stopped, FinishReason.STOP.value, full * FinishReason.LENGTH.value)
+        finish = torch.where(growing, ended, torch.where(running, FinishReason.ERROR.value, self.finish))
+        drafted = torch.where(finish > 0, torch.minimum(draft.lengths, num_emitted), draft.lengths)
+        faulty = torch.zeros_like(finish) if draft.faulty is None else (draft.faulty & running).long()
 
         self.tokens.scatter_(1, self.lengths[:, None] + index, emitted)
         self.sampler.transforms.count(emitted, index < num_emitted[:, None])
-        drafted, accepted = draft.lengths * running, torch.minimum(verdict.num_accepted, num_emitted)
-        self.lengths += num_emitted
-        self._finish(running, stopped, verdict.failed)
+        self.lengths.copy_(lengths)
+        self.finish.copy_(finish)
         for reader in self.readers:
-            reader.rewind(self.lengths)
-
-        faulty = torch.zeros_like(drafted) if draft.faulty is None else draft.faulty.long()
-        head = torch.stack([drafted, accepted, num_emitted, self.finish, faulty], 1)
-        return self._outcome(torch.cat([head, emitted], 1), emitted, logits)
-
-    def _finish(self, running: Tensor, stopped: Tensor, failed: Tensor) -> None:
-        full = self.lengths >= self.limits
-        reason = torch.where(stopped, FinishReason.STOP.value, full * FinishReason.LENGTH.value)
-        failed_now = failed & (self.finish == FinishReason.RUNNING)
-        self.finish.copy_(torch.where(running, reason, self.finish))
-        self.finish.masked_fill_(failed_now, FinishReason.ERROR.value)
-
-    def _outcome(self, packed: Tensor, emitted: Tensor, logits: Tensor) -> Outcome:
-        if self.num_logprobs is None:
-            return Outcome(packed)
-        logprobs = logits.log_softmax(-1)  # (B, γ + 1, V)
-        top = logprobs.topk(self.num_logprobs, dim=-1)
-        return Outcome(packed, logprobs.gather(-1, emitted[..., None])[..., 0], top.indices, top.values)
+            reader.rewind(lengths)
+        accepted = torch.minimum(verdict.num_accepted, num_emitted)
+        return Outcome.pack(drafted, accepted, num_emitted, finish, faulty, emitted, logprobs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from flashspec.drafters.base import Proposer
-from flashspec.engine.state import DecodeState, Outcome
+from flashspec.engine.outcome import Outcome
+from flashspec.engine.state import DecodeState
 
 
 def step(state: DecodeState, proposer: Proposer, length: int) -> Outcome:
     """Draft at most `length` tokens a row, score them in one target forward, keep what the exact test keeps."""
     draft = proposer.propose(state, length)  # token_ids (B, γ)
     logits = state.score(draft)  # (B, γ + 1, V)
-    verdict = state.sampler.verify(logits, draft, state.lengths)  # num_accepted, next_token (B,)
-    return state.commit(draft, verdict, logits)
+    verdict, failed = state.sampler.verify(logits, draft, state.lengths)  # num_accepted, next_token (B,)
+    return state.commit(draft, verdict, failed, logits)

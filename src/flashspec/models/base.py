@@ -31,7 +31,7 @@ class LanguageModel(Protocol):
 
     `forward` writes the keys and values of token_ids[b, i] at slot positions[b, i], lets it attend to the slots
     0..positions[b, i] of row b, and returns the hidden states that `logits` takes. Positions of a row ascend by 1,
-    except that they may stay at a limit (0 or capacity - 1); a slot written twice in one call holds either value.
+    except that they may stay at a limit (0 or some last slot); a slot written twice in one call holds either value.
     Nothing is read back to the host.
     """
 

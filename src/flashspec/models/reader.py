@@ -26,9 +26,7 @@ class Reader:
 
     def read(self, token_ids: Tensor, positions: Tensor, bound: int) -> Tensor:
         """Feed tokens (B, Q) at positions (B, Q), clamped to the cache; returns hidden states (B, Q, hidden)."""
-        positions = positions.clamp(
-            0, self.cache.capacity - 1
-        )  # the last slot is never needed: it may hold anything
+        positions = positions.clamp(0, self.cache.capacity - 1)  # the last slot is never needed: it may hold anything
         hidden = self.model.forward(token_ids, positions, self.cache, min(bound, self.cache.capacity))
         torch.add(positions[:, -1], 1, out=self.cached)
         return hidden
@@ -38,10 +36,18 @@ class Reader:
         self._takes_part = True
         while self.stale > self.lag:
             size = min(self.stale, chunk)
-            positions = self.cached[:, None] + torch.arange(size, device=self.cached.device)  # (B, size)
-            self.read(tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1)), positions, bound)
+            positions = self.cached[:, None] + torch.arange(size, device=self.cached.device)
+            positions = positions.clamp(max=bound - 1)  # (B, size), where shorter rows wait for the longest
+            self.read(tokens.gather(1, positions), positions, bound)
             self.rewind(lengths)
             self.stale -= size
+
+    def grow(self, capacity: int) -> None:
+        """Make room for at least so many tokens; what was read stays."""
+        if capacity > self.cache.capacity:
+            old, self.cache = self.cache, self.model.new_cache(self.cached.shape[0], capacity)
+            self.cache.keys[..., : old.capacity, :] = old.keys
+            self.cache.values[..., : old.capacity, :] = old.values
 
     def rewind(self, lengths: Tensor) -> None:
         """Forget what lies at or after the last committed token, (B,) lengths."""

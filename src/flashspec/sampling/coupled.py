@@ -3,7 +3,6 @@ a function of seed, prompt and target alone. Greedy decoding is the case without
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flashspec.core import Draft, Verdict
@@ -26,4 +25,4 @@ def verify_coupled(weights: Tensor, draft: Draft, seeds: Tensor, positions: Tens
 def _verify_tokens(token_ids: Tensor, draft: Draft) -> Verdict:
     num_accepted = leading(token_ids[:, :-1] == draft.token_ids, draft.lengths)
     next_token = token_ids.gather(1, num_accepted[:, None])[:, 0]
-    return Verdict(num_accepted, next_token, torch.zeros_like(num_accepted, dtype=torch.bool))
+    return Verdict(num_accepted, next_token)

@@ -20,7 +20,7 @@ class Transforms:
 
     temperature: float32. greedy: bool, rows at temperature 0. top_k: int64, at most `max_top_k`. bias: (B, V) float32,
     added to the logits. prompt_seen: (B, V) bool and output_counts: (B, V) float32 feed repetition, presence and
-    frequency. stop_ids: (B, K) int64 padded with -1, masked before text position min_lengths.
+    frequency. stop_ids: (B, K) int64, masked before text position min_lengths.
     """
 
     temperature: Tensor
@@ -47,8 +47,7 @@ class Transforms:
             logits = logits + self.bias[:, None]
         if self.min_lengths is not None and self.stop_ids is not None:
             early = positions < self.min_lengths[:, None]  # (B, Q)
-            stops = torch.zeros_like(logits[:, 0], dtype=torch.bool)
-            stops.scatter_(1, self.stop_ids.clamp(min=0), self.stop_ids >= 0)
+            stops = torch.zeros_like(logits[:, 0], dtype=torch.bool).scatter_(1, self.stop_ids, True)
             logits = logits.masked_fill(early[..., None] & stops[:, None], NEVER)
         if self.output_counts is not None:
             logits = self._penalise(logits, draft_ids)
@@ -57,7 +56,7 @@ class Transforms:
     def _penalise(self, logits: Tensor, draft_ids: Tensor) -> Tensor:
         assert self.output_counts is not None and self.prompt_seen is not None
         assert self.repetition is not None and self.presence is not None and self.frequency is not None
-        drafted = F.one_hot(draft_ids, logits.shape[-1]).cumsum(1)  # (B, Q - 1, V)
+        drafted = F.one_hot(draft_ids, logits.shape[-1]).to(logits.dtype).cumsum(1)  # (B, Q - 1, V)
         counts = self.output_counts[:, None] + F.pad(drafted, (0, 0, 1, 0))  # (B, Q, V)
         seen = self.prompt_seen[:, None] | (counts > 0)
         repetition = self.repetition[:, None, None]

@@ -61,7 +61,7 @@ def verify_rejection(weights: Tensor, draft: Draft, seeds: Tensor, positions: Te
     num_accepted = leading(accepted, draft.lengths)
     noise = philox_gumbel(seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1])[:, 0]
     next_token = (residual_weights(target_logprobs, draft, num_accepted) + noise).argmax(-1)
-    return Verdict(num_accepted, next_token, torch.zeros_like(num_accepted, dtype=torch.bool))
+    return Verdict(num_accepted, next_token)
 
 
 def rejection_sample(

@@ -17,6 +17,8 @@ from flashspec.sampling.processors import Transforms
 from flashspec.sampling.rejection import verify_rejection
 from flashspec.sampling.typical import verify_typical
 
+ROW_STRIDE = 0x9E3779B97F4A7C15  # far apart, so that row 1 of one seed is not row 0 of the next
+
 
 @dataclass(slots=True)
 class Sampler:
@@ -38,15 +40,15 @@ class Sampler:
         noise = philox_gumbel(self.seeds, positions[:, None], purpose, weights.shape[-1])[:, 0]
         return (weights + noise).argmax(-1), None if coupled else weights
 
-    def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> Verdict:
-        """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens."""
+    def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> tuple[Verdict, Tensor]:
+        """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens. Returns the
+        verdict, and (B,) bool: rows that it means nothing for, since logits it rests on are not finite."""
         offsets = torch.arange(logits.shape[1], device=logits.device)
         positions = lengths[:, None] + offsets  # (B, γ + 1), the text positions being decided
         shifted = self.transforms.shift(logits, positions, draft.token_ids)
         verdict = self._decide(shifted, draft, positions)
         used = offsets <= verdict.num_accepted[:, None]
-        verdict.failed = (used & ~logits.amax(-1).isfinite()).any(1)
-        return verdict
+        return verdict, (used & ~shifted.amax(-1).isfinite()).any(1)
 
     def _decide(self, shifted: Tensor, draft: Draft, positions: Tensor) -> Verdict:
         config = self.config
@@ -69,7 +71,10 @@ def make_sampler(
     seed: int,
     device: torch.device,
 ) -> Sampler:
-    """A sampler for rows that share one configuration; row b draws from stream `seed + b`."""
+    """A sampler for rows that share one configuration. ValueError for a bias or a stop id outside the vocabulary."""
+    for token_id in (*config.logit_bias, *stop_ids):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"logit_bias or stop_token_ids name token {token_id}; ids run from 0 to {vocab_size - 1}")
     rows = len(prompts)
 
     def column(value: float, used: bool) -> Tensor | None:
@@ -99,7 +104,7 @@ def make_sampler(
         stop_ids=torch.tensor([list(stop_ids)] * rows, device=device) if delayed else None,
         min_lengths=torch.tensor([len(p) + config.min_tokens for p in prompts], device=device) if delayed else None,
     )
-    seeds = torch.tensor([(seed + row) % 2**63 for row in range(rows)], dtype=torch.int64, device=device)
+    seeds = torch.tensor([(seed + row * ROW_STRIDE) % 2**63 for row in range(rows)], dtype=torch.int64, device=device)
     return Sampler(config, transforms, seeds)
 
 
@@ -108,8 +113,6 @@ def _bias(config: SamplingConfig, rows: int, vocab_size: int, device: torch.devi
         return None
     bias = torch.zeros(rows, vocab_size, device=device)
     for token_id, value in config.logit_bias.items():
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"logit_bias names token {token_id}; ids run from 0 to {vocab_size - 1}")
         bias[:, token_id] = value
     return bias
 

@@ -23,7 +23,7 @@ def verify_typical(
     num_accepted = leading(accepted, draft.lengths)
     noise = philox_gumbel(seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1])[:, 0]
     next_token = (pick(logprobs, num_accepted) + noise).argmax(-1)
-    return Verdict(num_accepted, next_token, torch.zeros_like(num_accepted, dtype=torch.bool))
+    return Verdict(num_accepted, next_token)
 
 
 def typical_sample(

@@ -1,0 +1,154 @@
+"""Our own policy: the arm with the most tokens per second, as far as it is known by now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import sqrt
+from random import Random
+from typing import Any
+
+from flashspec.bandit.base import DraftSelector, Rows
+from flashspec.bandit.estimates import real_number, whole_number
+
+PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
+MEMORY = 100  # steps after which evidence weighs 1/e; short enough to follow a text from prose into a list
+
+
+@dataclass(slots=True)
+class Survival:
+    """How far one drafter's drafts get: kept[k] of tried[k] drafts of more than k tokens had more than k accepted.
+
+    A draft of 8 counts for every shorter length too, so all arms of a drafter learn from each of its steps.
+    """
+
+    tried: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+
+    def record(self, length: int, accepted: int) -> None:
+        missing = length - len(self.tried)
+        self.tried += [0.0] * missing
+        self.kept += [0.0] * missing
+        for k in range(length):
+            self.tried[k] += 1
+            self.kept[k] += accepted > k
+
+    def fade(self, factor: float) -> None:
+        self.tried = [count * factor for count in self.tried]
+        self.kept = [count * factor for count in self.kept]
+
+    def moments(self, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """For each draft length: the expected number of accepted tokens, and the variance of that expectation."""
+        results = {}
+        chance, mean, square = 1.0, 0.0, 0.0
+        for k in range(max(lengths)):
+            tried, kept = (self.tried[k], self.kept[k]) if k < len(self.tried) else (0.0, 0.0)
+            chance = min(chance, (kept + PRIOR_STEP * chance) / (tried + 1))
+            mean += chance
+            square += (2 * k + 1) * chance
+            if k + 1 in lengths:
+                results[k + 1] = mean, max(square - mean * mean, 0.1) / (tried + 1)
+        return results
+
+
+@dataclass(slots=True)
+class Cost:
+    """Seconds of an arm's steps: a faded mean in which a single slow step counts at most four times the mean."""
+
+    total: float
+    weight: float = 1.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight
+
+    def record(self, seconds: float, fade: float) -> None:
+        self.total = self.total * fade + min(seconds, 4 * self.mean)
+        self.weight = self.weight * fade + 1
+
+
+class AutoSelector(DraftSelector):
+    """Thompson sampling of tokens per step over measured seconds per step.
+
+    arms: (drafter, length), length 0 being plain decoding, which emits exactly one token. seconds: a guess of each
+    arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades with the
+    rounds, so that an arm that was bad long ago is tried again.
+    """
+
+    def __init__(
+        self,
+        n_arms: int,
+        arms: Sequence[tuple[str, int]],
+        seconds: Sequence[float],
+        window_size: int = 500,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(n_arms, window_size)
+        if len(arms) != n_arms or len(seconds) != n_arms:
+            raise ValueError(f"arms and seconds should name {n_arms} arms: got {len(arms)} and {len(seconds)}")
+        self._arms = [(str(drafter), whole_number("length", length)) for drafter, length in arms]
+        self._guesses = [real_number("seconds", value, 0.0) for value in seconds]
+        self._seed = seed
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._random = Random(self._seed)
+        self._survival = {drafter: Survival() for drafter, length in self._arms if length}
+        self._costs = [Cost(max(guess, 1e-9)) for guess in self._guesses]
+        lengths = {drafter: sorted({n for d, n in self._arms if d == drafter}) for drafter in self._survival}
+        self._lengths = lengths
+
+    def expected_rates(self) -> list[float]:
+        """Each arm's estimated tokens per second, exploration aside."""
+        with self._lock:
+            tokens = {drafter: self._survival[drafter].moments(n) for drafter, n in self._lengths.items()}
+            means = [1 + tokens[d][n][0] if n else 1.0 for d, n in self._arms]
+            return [mean / cost.mean for mean, cost in zip(means, self._costs, strict=True)]
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        sampled: dict[tuple[str, int], float] = {}
+        for drafter, lengths in self._lengths.items():
+            luck = self._random.gauss(0.0, 1.0)  # one draw a drafter: its lengths share their evidence
+            for length, (mean, variance) in self._survival[drafter].moments(lengths).items():
+                sampled[drafter, length] = min(1 + length, max(1.0, 1 + mean + luck * sqrt(variance)))
+        return max(arms, key=lambda arm: sampled.get(self._arms[arm], 1.0) / self._costs[arm].mean)
+
+    def _learn(self, arm: int, accepted: int, drafted: int, rows: Rows | None, seconds: float | None) -> None:
+        fade = 1 - 1 / min(MEMORY, self._window_size or MEMORY)
+        drafter, length = self._arms[arm]
+        for survival in self._survival.values():
+            survival.fade(fade)
+        if length:
+            for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
+                self._survival[drafter].record(length, row_accepted)
+        if seconds is not None:
+            self._costs[arm].record(seconds, fade)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._start_over()
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "n_arms": self._n_arms,
+            "arms": self._arms,
+            "seconds": self._guesses,
+            "window_size": self._window_size,
+            "seed": self._seed,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {
+            "random": self._random.getstate(),
+            "survival": {drafter: asdict(survival) for drafter, survival in self._survival.items()},
+            "costs": [asdict(cost) for cost in self._costs],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        version, words, gauss = state["random"]
+        self._random.setstate((version, tuple(words), gauss))
+        self._survival = {drafter: Survival(**state["survival"][drafter]) for drafter in self._survival}
+        self._costs = [Cost(**cost) for cost in state["costs"]]
+        if len(self._costs) != self._n_arms:
+            raise ValueError(f"costs describe {len(self._costs)} arms, n_arms is {self._n_arms}")

@@ -1,0 +1,98 @@
+"""What a step did: packed on the device, unpacked on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashspec.core import FinishReason, TokenLogprobs
+
+HEAD = 5  # columns ahead of the tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RowNews:
+    """One row of a step, on the host."""
+
+    drafted: int
+    accepted: int
+    finish: FinishReason
+    faulty: bool
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Raw log-probabilities of a step's tokens (B, γ + 1), and the n most likely ones (B, γ + 1, n)."""
+
+    token_ids: Tensor
+    chosen: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, token_ids: Tensor, count: int) -> Logprobs:
+        """logits: (B, γ + 1, V) of the target, token_ids: (B, γ + 1) int64."""
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(count, dim=-1)
+        return cls(token_ids, logprobs.gather(-1, token_ids[..., None])[..., 0], top.indices, top.values)
+
+    def fetch(self) -> list[list[TokenLogprobs]]:
+        columns = (self.token_ids, self.chosen, self.top_ids, self.top)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [
+            [
+                TokenLogprobs(token_id, logprob, tuple(zip(ids, values, strict=True)))
+                for token_id, logprob, ids, values in zip(*row, strict=True)
+            ]
+            for row in rows
+        ]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """packed: (B, HEAD + γ + 1) int64, one copy to the host. See `pack` for its columns."""
+
+    packed: Tensor
+    logprobs: Logprobs | None
+
+    @classmethod
+    def pack(
+        cls,
+        drafted: Tensor,
+        accepted: Tensor,
+        num_emitted: Tensor,
+        finish: Tensor,
+        faulty: Tensor,
+        token_ids: Tensor,
+        logprobs: Logprobs | None,
+    ) -> Outcome:
+        """All (B,) int64, but token_ids (B, γ + 1), of which the first num_emitted count."""
+        head = torch.stack([drafted, accepted, num_emitted, finish, faulty], 1)
+        return cls(torch.cat([head, token_ids], 1), logprobs)
+
+    @property
+    def width(self) -> int:
+        """The most tokens that a row may have grown by."""
+        return self.packed.shape[1] - HEAD
+
+    def fetch(self) -> list[RowNews]:
+        """Read it; waits for the device."""
+        packed = self.packed.tolist()
+        logprobs = [[]] * len(packed) if self.logprobs is None else self.logprobs.fetch()
+        return [
+            RowNews(
+                drafted,
+                accepted,
+                FinishReason(finish),
+                bool(faulty),
+                token_ids[:num_emitted],
+                row_logprobs[:num_emitted],
+            )
+            for (drafted, accepted, num_emitted, finish, faulty, *token_ids), row_logprobs in zip(
+                packed, logprobs, strict=True
+            )
+        ]
