@@ -1,0 +1,388 @@
+"""A whole decoder forward on a CPU in one C++ file, built at first use with the user's compiler.
+
+A decoding step reads every weight once, so its time is the weights' bytes over the memory's bandwidth: weights stay
+packed as they are stored, activations and sums are float32. A token's result does not depend on the tokens that share
+its call, bit for bit, so that verification agrees with plain decoding.
+B rows, Q positions, H hidden size, V vocabulary entries, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashspec.cache import cache_dir
+
+SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).with_name("native_weights.cpp"))  # the first includes
+PANEL, BLOCK, LANES = 32, 32, 16  # as in the source
+FORMATS = ("f32", "bf16", "q8_0", "q4_1", "q4_0")  # in the order of the source's tables
+GGUF_BLOCK_BYTES = {"q8_0": 34, "q4_1": 20, "q4_0": 18}
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight (rows N, columns K) in the kernel's layout.
+
+    data: uint8, (N / 32, K / 32, 2, bytes): panels of 32 rows by blocks of 32 columns, as two groups of 16 rows, one
+    row a vector lane; N and K are padded with zeros. q8_0: scale * int8; q4_1: scale * (0..15) + least;
+    q4_0: scale * (-8..7); scale and least are float16, one for 32 columns of a row.
+    """
+
+    data: Tensor
+    rows: int
+    columns: int
+    format: str
+
+    @classmethod
+    def from_tensor(cls, weight: Tensor) -> PackedMatrix:
+        """weight (N, K): bfloat16 stays as it is, float32 too, float16 becomes float32."""
+        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"weight should be (N, K) in float32, bfloat16 or float16: got {tuple(weight.shape)} {weight.dtype}"
+            )
+        rows, columns = weight.shape
+        blocks = F.pad(weight.detach().cpu(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+        if weight.dtype == torch.bfloat16:  # two columns share a 32-bit lane
+            return cls(_pack(blocks.contiguous().view(torch.int32)), rows, columns, "bf16")
+        return cls(_pack(blocks.float()), rows, columns, "f32")
+
+    @classmethod
+    def from_gguf(cls, blocks: Tensor, format: str) -> PackedMatrix:
+        """blocks (N, bytes of a row) uint8, as a GGUF file holds them; format q8_0, q4_1 or q4_0."""
+        size = GGUF_BLOCK_BYTES.get(format)
+        if size is None:
+            raise ValueError(f"format should be one of {', '.join(GGUF_BLOCK_BYTES)}: got {format!r}")
+        if blocks.dim() != 2 or blocks.dtype != torch.uint8 or blocks.shape[1] % size:
+            raise ValueError(
+                f"blocks should be (N, a multiple of {size}) uint8 for {format}: got {tuple(blocks.shape)} {blocks.dtype}"
+            )
+        rows, columns = blocks.shape[0], blocks.shape[1] // size * BLOCK
+        parts = blocks.unflatten(1, (-1, size))  # (N, K / 32, size)
+        scale_bytes = size - (32 if format == "q8_0" else 16)
+        scales = parts[..., :scale_bytes].contiguous().view(torch.int16)
+        values = parts[..., scale_bytes:].contiguous()
+        if format != "q8_0":  # a byte holds columns j and j + 16; a 32-bit lane is to hold eight neighbours
+            columns_of_block = torch.cat((values & 15, values >> 4), 2)
+            values = (columns_of_block[..., 0::2] | columns_of_block[..., 1::2] << 4).view(torch.int32)
+        return cls(torch.cat((_pack(scales), _pack(values)), 3), rows, columns, format)
+
+    def dequantise(self) -> Tensor:
+        """(N, K) float32, the values that the kernel computes with."""
+        if self.format == "f32":
+            weight = _unpack(self.data, torch.float32)
+        elif self.format == "bf16":
+            weight = _unpack(self.data, torch.int32).view(torch.bfloat16).float()
+        elif self.format == "q8_0":
+            weight = _unpack(self.data[..., 32:], torch.int8) * _unpack(self.data[..., :32], torch.float16).float()
+        else:
+            scale_bytes = 64 if self.format == "q4_1" else 32
+            scales = _unpack(self.data[..., :scale_bytes], torch.float16).float()  # (N, K / 32, 2 or 1)
+            pairs = _unpack(self.data[..., scale_bytes:], torch.int32).view(torch.uint8)
+            values = torch.stack((pairs & 15, pairs >> 4), 3).flatten(2).float()
+            scale, least = scales[..., :1], scales[..., 1:] if self.format == "q4_1" else -8 * scales
+            weight = scale * values + least
+        return weight.flatten(1)[: self.rows, : self.columns].contiguous()
+
+
+def _pack(values: Tensor) -> Tensor:
+    """(N, K / 32, n) -> (N / 32, K / 32, 2, bytes) uint8: n vectors of 16 rows for each block."""
+    padded = F.pad(values, (0, 0, 0, 0, 0, -values.shape[0] % PANEL))
+    groups = padded.view(-1, 2, LANES, *values.shape[1:])
+    return groups.permute(0, 3, 1, 4, 2).contiguous().view(torch.uint8).flatten(3)
+
+
+def _unpack(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse: (N / 32, K / 32, 2, bytes) uint8 -> (N, K / 32, n) of dtype."""
+    values = data.contiguous().view(dtype).unflatten(3, (-1, LANES))
+    return values.permute(0, 2, 4, 1, 3).flatten(0, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class NativeShape:
+    """Sizes of a decoder. sliding_window: how many slots a position sees, itself included; None: all."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """A decoder layer. Norms and biases are vectors of any float dtype; q_norm and k_norm have one entry a head dim."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q: PackedMatrix
+    k: PackedMatrix
+    v: PackedMatrix
+    o: PackedMatrix
+    gate: PackedMatrix
+    up: PackedMatrix
+    down: PackedMatrix
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("format", ctypes.c_int64),
+    )
+
+
+_VECTORS = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_SIZES = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "sliding_window")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _VECTORS) + tuple((name, _Matrix) for name in _MATRICES)
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("max_position", ctypes.c_int64),
+        ("rms_norm_eps", ctypes.c_double),
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
+        ("embedding", _Matrix),
+        ("lm_head", _Matrix),
+    )
+
+
+class NativeDecoder:
+    """A Llama-family decoder (RMSNorm, half-split rotary embedding, grouped-query attention, SwiGLU) on this CPU.
+
+    embedding and lm_head (V, H); the two may be one object. final_norm (H,). cos, sin: (max_position, head_dim) or
+    (max_position, head_dim / 2). RuntimeError where `available()` is False.
+    """
+
+    def __init__(
+        self,
+        shape: NativeShape,
+        embedding: PackedMatrix,
+        layers: Sequence[NativeLayer],
+        final_norm: Tensor,
+        lm_head: PackedMatrix,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        self.shape = shape
+        self._alive: list[Tensor] = []  # what the structures point to
+        self._library = _library()
+        half = shape.head_dim // 2
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        hidden, mlp = shape.hidden_size, shape.intermediate_size
+        if shape.head_dim % LANES or shape.num_heads % shape.num_kv_heads or len(layers) != shape.num_layers:
+            raise ValueError(
+                "head_dim should be a multiple of 16, num_heads one of num_kv_heads and layers num_layers long: "
+                f"got {shape} and {len(layers)} layers"
+            )
+        sizes = {"q": (q_size, hidden), "k": (kv_size, hidden), "v": (kv_size, hidden), "o": (hidden, q_size)}
+        sizes |= {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
+        lengths = dict.fromkeys(("attention_norm", "mlp_norm", "o_bias"), hidden)
+        lengths |= {"q_norm": shape.head_dim, "k_norm": shape.head_dim}
+        lengths |= {"q_bias": q_size, "k_bias": kv_size, "v_bias": kv_size}
+        packed = (_Layer * len(layers))()
+        for to, layer in zip(packed, layers, strict=True):
+            for name, size in sizes.items():
+                setattr(to, name, self._matrix(name, getattr(layer, name), size))
+            for name, length in lengths.items():
+                vector = getattr(layer, name)
+                setattr(to, name, None if vector is None else self._floats(name, vector, (length,)))
+        self._layers = packed
+        self._model = _Model(
+            *(getattr(shape, name) or 0 for name in _SIZES),
+            cos.shape[0],
+            shape.rms_norm_eps,
+            packed,
+            self._floats("final_norm", final_norm, (hidden,)),
+            self._floats("cos", cos[:, :half], (cos.shape[0], half)),
+            self._floats("sin", sin[:, :half], (cos.shape[0], half)),
+            self._matrix("embedding", embedding, (shape.vocab_size, hidden)),
+            self._matrix("lm_head", lm_head, (shape.vocab_size, hidden)),
+        )
+
+    def _matrix(self, name: str, matrix: PackedMatrix, size: tuple[int, int]) -> _Matrix:
+        if (matrix.rows, matrix.columns) != size:
+            raise ValueError(f"{name} should be {size}: got {(matrix.rows, matrix.columns)}")
+        self._alive.append(matrix.data)
+        return _Matrix(matrix.data.data_ptr(), *size, FORMATS.index(matrix.format))
+
+    def _floats(self, name: str, values: Tensor, size: tuple[int, ...]) -> int:
+        if values.shape != size:
+            raise ValueError(f"{name} should be {size}: got {tuple(values.shape)}")
+        self._alive.append(values.detach().to("cpu", torch.float32).contiguous().clone())
+        return self._alive[-1].data_ptr()
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bound: int,
+        num_layers: int | None = None,
+    ) -> Tensor:
+        """Final-normed hidden states (B, Q, H) float32, as `LanguageModel.forward` says.
+
+        token_ids, positions: (B, Q) int64. keys, values: (layers, B, kv_heads, capacity, head_dim) float32 or
+        bfloat16, contiguous. bound: above every position. ValueError for an id or a position out of range.
+        """
+        shape = self.shape
+        batch, queries = token_ids.shape
+        capacity = keys.shape[3]
+        layers = shape.num_layers if num_layers is None else num_layers
+        cache_shape = (keys.shape[0], batch, shape.num_kv_heads, capacity, shape.head_dim)
+        for name, cache in (("keys", keys), ("values", values)):
+            if cache.shape != cache_shape or not cache.is_contiguous() or cache.dtype != keys.dtype:
+                raise ValueError(f"{name} should be {cache_shape} {keys.dtype} contiguous: got {tuple(cache.shape)}")
+        if keys.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"keys should be float32 or bfloat16: got {keys.dtype}")
+        if not 0 <= layers <= min(shape.num_layers, keys.shape[0]):
+            raise ValueError(f"num_layers should be at most {min(shape.num_layers, keys.shape[0])}: got {layers}")
+        if not 0 < bound <= min(capacity, self._model.max_position):
+            raise ValueError(f"bound should be in 1..{min(capacity, self._model.max_position)}: got {bound}")
+        if token_ids.dtype != torch.int64 or positions.dtype != torch.int64 or positions.shape != token_ids.shape:
+            raise ValueError("token_ids and positions should be int64 of one shape (B, Q)")
+        token_ids, positions = token_ids.contiguous(), positions.contiguous()
+        hidden = torch.empty(batch, queries, shape.hidden_size)
+        fault = self._library.flashspec_forward(
+            ctypes.byref(self._model),
+            token_ids.data_ptr(),
+            positions.data_ptr(),
+            batch,
+            queries,
+            layers,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.dtype == torch.bfloat16,
+            capacity,
+            bound,
+            hidden.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if fault == 1:
+            raise ValueError(f"token_ids should be in [0, {shape.vocab_size}): got {token_ids.tolist()}")
+        if fault == 2:
+            raise ValueError(f"positions should be in [0, {bound}): got {positions.tolist()}")
+        if fault:
+            raise MemoryError("no memory for the forward's buffers")
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., H) float32 -> (..., V) float32."""
+        if hidden.shape[-1] != self.shape.hidden_size or hidden.dtype != torch.float32:
+            raise ValueError(
+                f"hidden should be (..., {self.shape.hidden_size}) float32: got {tuple(hidden.shape)} {hidden.dtype}"
+            )
+        hidden = hidden.contiguous()
+        logits = torch.empty(*hidden.shape[:-1], self.shape.vocab_size)
+        fault = self._library.flashspec_logits(
+            ctypes.byref(self._model),
+            hidden.data_ptr(),
+            hidden.numel() // self.shape.hidden_size,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if fault:
+            raise MemoryError("no memory for the forward's buffers")
+        return logits
+
+
+def available() -> bool:
+    """Whether a compiler was found and the library built and loaded. The first call builds it; it never raises."""
+    return not why_not()
+
+
+def why_not() -> str:
+    """One sentence that says why the library is not there; '' where it is."""
+    return _load()[1]
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        return None, f"the native CPU kernel could not be built or loaded: {error}"
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.flashspec_forward.argtypes = (
+        [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer, integer]
+    )
+    library.flashspec_logits.argtypes = [pointer, pointer, integer, pointer, integer]
+    return library, ""
+
+
+def _build() -> Path:
+    """The library's path in the cache folder, compiled if it is not there yet."""
+    compiler = _compiler()
+    architecture = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    command = [*compiler, "-std=c++17", "-O3", architecture, "-fno-math-errno", "-ffp-contract=fast", "-fopenmp"]
+    command += ["-w", "-shared", "-fPIC", str(SOURCES[0])]
+    # The thread pool that torch already runs: a second one would spin against it on the same cores.
+    command += ["-Wl,--as-needed", *map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [*(source.read_text() for source in SOURCES), *command, version, _cpu()]
+    target = cache_dir() / f"native-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, timeout=300)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{' '.join(compiler)} failed: {next((x for x in lines if 'error' in x), lines[-1])}")
+    os.replace(temporary, target)
+    return target
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX", "").split()
+    for command in ([named] if named else []) + [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
+
+
+def _cpu() -> str:
+    """Names the processor: what -march=native compiles for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )

@@ -1,0 +1,237 @@
+// Packed weights and their products, for native.cpp. All arithmetic is float32, and sums run in the same order whatever
+// the number of rows.
+//
+// A weight (N, K) is stored in panels of 32 rows by blocks of 32 columns, each block as two groups of 16 rows, one
+// row a vector lane (native.py packs them); counts are padded to multiples of 32 with zeros, here as in activations.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+using Index = int64_t;
+
+extern "C" struct Matrix {
+  const uint8_t* data;
+  Index rows, columns, format;
+};
+
+namespace {
+
+constexpr int LANES = 16, GROUPS = 2, PANEL = LANES * GROUPS, BLOCK = 32;
+#ifdef __AVX512F__  // a product holds TILE rows by WIDE groups of sums in registers, here 24 of 32
+constexpr int TILE = 12, WIDE = 2;
+#else
+constexpr int TILE = 6, WIDE = 1;
+#endif
+constexpr int CHUNK = 16;      // blocks unpacked to memory at a time for more rows: 64 KB
+constexpr int AHEAD = 4096;    // bytes of prefetch: 3.7 -> 2.5 cycles a vector of Q4_1 at one row (2.3 from L2)
+
+using vec = float __attribute__((vector_size(64)));
+using ivec = int32_t __attribute__((vector_size(64)));
+using uvec = uint32_t __attribute__((vector_size(64)));
+using halves = uint16_t __attribute__((vector_size(32)));
+using shorts = int16_t __attribute__((vector_size(32)));
+using bytes = int8_t __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
+template <class V> inline V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V> inline void store(void* to, V value) { std::memcpy(to, &value, sizeof value); }
+template <class To, class From> inline To bits(From from) { return load<To>(&from); }
+inline vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline vec floats(ivec x) { return __builtin_convertvector(x, vec); }
+
+#ifdef __AVX512F__  // compilers find these instructions by themselves only in part
+inline uvec widen(halves x) { return bits<uvec>(_mm512_cvtepu16_epi32(bits<__m256i>(x))); }
+inline vec from_half(const uint8_t* at) { return bits<vec>(_mm512_cvtph_ps(load<__m256i>(at))); }
+inline vec from_bytes(const uint8_t* at) { return floats(bits<ivec>(_mm512_cvtepi8_epi32(load<__m128i>(at)))); }
+inline vec nibble(uvec eight, int i) {  // a table look-up reads the low four bits only: no mask, no conversion
+  const vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return bits<vec>(_mm512_permutexvar_ps(bits<__m512i>(eight >> 4 * i), bits<__m512>(table)));
+}
+#else
+inline uvec widen(halves x) { return __builtin_convertvector(x, uvec); }
+inline vec from_half(const uint8_t* at) {
+  const uvec half = widen(load<halves>(at)), magnitude = (half & 0x7fff) << 13;
+  const uvec value = bits<uvec>(bits<vec>(magnitude) * 0x1p112f);             // rebias the exponent
+  const uvec special = bits<uvec>(magnitude >= 0x0f800000u) & 0x7f800000u;  // inf and NaN
+  return bits<vec>(value | special | (half & 0x8000) << 16);
+}
+inline vec from_bytes(const uint8_t* at) {  // GCC 12 takes a single step from bytes to words apart, lane by lane
+  return floats(__builtin_convertvector(__builtin_convertvector(load<bytes>(at), shorts), ivec));
+}
+inline vec nibble(uvec eight, int i) { return floats(bits<ivec>(eight >> 4 * i & 15)); }
+#endif
+
+// The weight formats: a block of 32 columns of 16 rows; `block(eight, i)` is column 8 * eight + i.
+struct Float32 {
+  static constexpr int size = 2048;
+  const uint8_t* at;
+  vec operator()(int eight, int i) const { return load<vec>(at + 512 * eight + 64 * i); }
+};
+struct BFloat16 {  // two columns a 32-bit lane
+  static constexpr int size = 1024;
+  const uint8_t* at;
+  vec operator()(int eight, int i) const {
+    const uvec pair = load<uvec>(at + 256 * eight + 64 * (i / 2));
+    return bits<vec>(i % 2 ? pair & 0xffff0000u : pair << 16);
+  }
+};
+struct Q8_0 {  // scale, then a byte a weight
+  static constexpr int size = 32 + 512;
+  const uint8_t* at;
+  vec scale = from_half(at);
+  vec operator()(int eight, int i) const { return scale * from_bytes(at + 32 + 128 * eight + 16 * i); }
+};
+struct Q4_1 {  // scale and least, then eight columns a 32-bit lane
+  static constexpr int size = 64 + 256;
+  const uint8_t* at;
+  vec scale = from_half(at), least = from_half(at + 32);
+  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 64 + 64 * eight), i) + least; }
+};
+struct Q4_0 {
+  static constexpr int size = 32 + 256;
+  const uint8_t* at;
+  vec scale = from_half(at), least = scale * -8.0f;
+  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 32 + 64 * eight), i) + least; }
+};
+
+template <class Format> inline void prefetch(const uint8_t* panel) {
+  for (int line = 0; line < GROUPS * Format::size; line += 64) __builtin_prefetch(panel + AHEAD + line);
+}
+
+// WIDE groups of sums (ROWS, PANEL) += x times the transpose of a panel. x: (blocks, ROWS, BLOCK): offsets are constants.
+template <class Format, int ROWS> void multiply(const uint8_t* panel, const float* x, Index blocks, float* sums) {
+  vec sum[ROWS][WIDE];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row)
+    for (int g = 0; g < WIDE; ++g) sum[row][g] = load<vec>(sums + row * PANEL + g * LANES);
+  for (; blocks > 0; --blocks, panel += GROUPS * Format::size, x += ROWS * BLOCK) {
+    prefetch<Format>(panel);
+    const Format low{panel}, high{panel + (WIDE - 1) * Format::size};
+#pragma GCC unroll 1
+    for (int eight = 0; eight < BLOCK / 8; ++eight)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const vec w[2] = {low(eight, i), high(eight, i)};
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+          const vec value = broadcast(x[row * BLOCK + eight * 8 + i]);
+          for (int g = 0; g < WIDE; ++g) sum[row][g] += value * w[g];
+        }
+      }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row)
+    for (int g = 0; g < WIDE; ++g) store(sums + row * PANEL + g * LANES, sum[row][g]);
+}
+
+template <class Format, int ROWS = TILE>
+void multiply_rows(int rows, const uint8_t* panel, const float* x, Index blocks, float* sums) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(rows, panel, x, blocks, sums);
+  for (int g = 0; g < GROUPS; g += WIDE) multiply<Format, ROWS>(panel + g * Format::size, x, blocks, sums + g * LANES);
+}
+
+template <class Format> void unpack(const uint8_t* panel, Index blocks, float* to) {
+  for (; blocks > 0; --blocks) {
+    prefetch<Format>(panel);
+    for (int g = 0; g < GROUPS; ++g, panel += Format::size) {
+      const Format block{panel};
+      for (int eight = 0; eight < BLOCK / 8; ++eight)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i, to += LANES) store(to, block(eight, i));
+    }
+  }
+}
+
+template <class Format> void embed(const uint8_t* panel, int row, Index blocks, float* out) {  // one row of a panel
+  for (panel += row / LANES * Format::size; blocks > 0; --blocks, panel += GROUPS * Format::size) {
+    const Format block{panel};
+    for (int eight = 0; eight < BLOCK / 8; ++eight)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) *out++ = block(eight, i)[row % LANES];
+  }
+}
+
+inline Index padded(Index n) { return (n + PANEL - 1) / PANEL * PANEL; }
+inline int tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
+inline int tile_start(int rows, int tile) { return rows * tile / tiles_of(rows); }
+
+// x (rows, 32 * blocks) -> (blocks, rows of the tile, BLOCK) for each tile of rows, one after the other.
+void arrange(const float* x, int rows, Index blocks, float* to) {
+  for (int tile = 0; tile < tiles_of(rows); ++tile)
+    for (Index block = 0; block < blocks; ++block)
+      for (int row = tile_start(rows, tile); row < tile_start(rows, tile + 1); ++row, to += BLOCK)
+        std::copy_n(x + (row * blocks + block) * BLOCK, BLOCK, to);
+}
+
+// sums (rows, PANEL) = x times the transpose of a panel. x: arranged. scratch: CHUNK unpacked blocks.
+template <class Format>
+void panel_product(const uint8_t* panel, int rows, const float* x, Index blocks, float* sums, float* scratch) {
+  std::fill(sums, sums + rows * PANEL, 0.0f);
+  if (rows <= TILE) return multiply_rows<Format>(rows, panel, x, blocks, sums);
+  for (Index done = 0; done < blocks; done += CHUNK) {
+    const Index some = std::min<Index>(CHUNK, blocks - done);
+    unpack<Format>(panel + done * GROUPS * Format::size, some, scratch);
+    for (int tile = 0; tile < tiles_of(rows); ++tile) {
+      const int first = tile_start(rows, tile), count = tile_start(rows, tile + 1) - first;
+      multiply_rows<Float32>(count, reinterpret_cast<uint8_t*>(scratch), x + (first * blocks + done * count) * BLOCK,
+                             some, sums + first * PANEL);
+    }
+  }
+}
+
+struct Kernels {
+  int size;
+  void (*product)(const uint8_t*, int, const float*, Index, float*, float*);
+  void (*embed)(const uint8_t*, int, Index, float*);
+};
+template <class Format> constexpr Kernels kernels_of() {
+  return {Format::size, panel_product<Format>, embed<Format>};
+}
+constexpr Kernels KERNELS[] = {kernels_of<Float32>(), kernels_of<BFloat16>(), kernels_of<Q8_0>(), kernels_of<Q4_1>(),
+                               kernels_of<Q4_0>()};
+
+struct Range {
+  Index begin, end;
+  Range within(Index first, Index count) const {  // the part in [first, first + count), counted from first
+    return {std::max<Index>(begin - first, 0), std::min(end - first, count)};
+  }
+};
+
+struct Worker {  // one thread, and memory of its own
+  Index index, count;
+  float *normed, *arranged, *sums, *scratch;
+  Range share(Index n) const { return {n * index / count, n * (index + 1) / count}; }
+};
+
+inline Index panels_of(const Matrix& weight) { return padded(weight.rows) / PANEL; }
+
+// Some panels' columns of out (rows, stride) = or, with add, += x W^T + bias, where x is what the worker arranged.
+void product(const Worker& worker, Range panels, const Matrix& weight, int rows, float* out, Index stride,
+             const float* bias = nullptr, bool add = false) {
+  const Kernels& kernels = KERNELS[weight.format];
+  const Index blocks = padded(weight.columns) / BLOCK, size = blocks * GROUPS * kernels.size;
+  for (Index panel = panels.begin; panel < panels.end; ++panel) {
+    kernels.product(weight.data + panel * size, rows, worker.arranged, blocks, worker.sums, worker.scratch);
+    const Index first = panel * PANEL, count = std::min<Index>(PANEL, weight.rows - first);
+    for (int row = 0; row < rows; ++row)
+      for (Index n = 0; n < count; ++n) {
+        const float value = worker.sums[row * PANEL + n] + (bias ? bias[first + n] : 0.0f);
+        float& to = out[row * stride + first + n];
+        to = add ? to + value : value;
+      }
+  }
+}
+
+}  // namespace
