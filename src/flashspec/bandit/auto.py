@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from math import sqrt
 from random import Random
 from typing import Any
@@ -13,22 +13,29 @@ from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps after which evidence weighs 1/e; short enough to follow a text from prose into a list
+LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 
 @dataclass(slots=True)
 class Survival:
     """How far one drafter's drafts get: kept[k] of tried[k] drafts of more than k tokens had more than k accepted.
 
-    A draft of 8 counts for every shorter length too, so all arms of a drafter learn from each of its steps.
+    Both are as long as its longest draft. A draft of 8 counts for every shorter length too, so all arms of a drafter
+    learn from each of its steps.
     """
 
-    tried: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    tried: list[float]
+    kept: list[float]
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], longest: int) -> Survival:
+        """ValueError where the counts contradict each other."""
+        tried, kept = ([real_number(name, count, 0.0) for count in state[name]] for name in ("tried", "kept"))
+        if not len(tried) == len(kept) == longest or any(k > t for t, k in zip(tried, kept, strict=True)):
+            raise ValueError(f"kept {kept} of {tried} tried drafts contradicts {longest} draft tokens")
+        return cls(tried, kept)
 
     def record(self, length: int, accepted: int) -> None:
-        missing = length - len(self.tried)
-        self.tried += [0.0] * missing
-        self.kept += [0.0] * missing
         for k in range(length):
             self.tried[k] += 1
             self.kept[k] += accepted > k
@@ -37,17 +44,16 @@ class Survival:
         self.tried = [count * factor for count in self.tried]
         self.kept = [count * factor for count in self.kept]
 
-    def moments(self, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
+    def moments(self, lengths: Collection[int]) -> dict[int, tuple[float, float]]:
         """For each draft length: the expected number of accepted tokens, and the variance of that expectation."""
         results = {}
         chance, mean, square = 1.0, 0.0, 0.0
-        for k in range(max(lengths)):
-            tried, kept = (self.tried[k], self.kept[k]) if k < len(self.tried) else (0.0, 0.0)
+        for length, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True), 1):
             chance = min(chance, (kept + PRIOR_STEP * chance) / (tried + 1))
             mean += chance
-            square += (2 * k + 1) * chance
-            if k + 1 in lengths:
-                results[k + 1] = mean, max(square - mean * mean, 0.1) / (tried + 1)
+            square += (2 * length - 1) * chance
+            if length in lengths:
+                results[length] = mean, max(square - mean * mean, 0.1) / (tried + 1)
         return results
 
 
@@ -63,7 +69,7 @@ class Cost:
         return self.total / self.weight
 
     def record(self, seconds: float, fade: float) -> None:
-        self.total = self.total * fade + min(seconds, 4 * self.mean)
+        self.total = self.total * fade + max(min(seconds, 4 * self.mean), LEAST_SECONDS)
         self.weight = self.weight * fade + 1
 
 
@@ -93,25 +99,34 @@ class AutoSelector(DraftSelector):
 
     def _start_over(self) -> None:
         self._random = Random(self._seed)
-        self._survival = {drafter: Survival() for drafter, length in self._arms if length}
-        self._costs = [Cost(max(guess, 1e-9)) for guess in self._guesses]
-        lengths = {drafter: sorted({n for d, n in self._arms if d == drafter}) for drafter in self._survival}
-        self._lengths = lengths
+        drafters = dict.fromkeys(drafter for drafter, length in self._arms if length)
+        self._lengths = {drafter: frozenset(n for d, n in self._arms if d == drafter and n) for drafter in drafters}
+        longest = {drafter: max(lengths) for drafter, lengths in self._lengths.items()}
+        self._survival = {drafter: Survival([0.0] * n, [0.0] * n) for drafter, n in longest.items()}
+        self._costs = [Cost(max(guess, LEAST_SECONDS)) for guess in self._guesses]
+        self._estimate()
+
+    def _estimate(self) -> None:
+        """Accepted tokens of each arm, mean and deviation; here and not in `_choose`, whose 50 us they would take."""
+        moments = {drafter: self._survival[drafter].moments(n) for drafter, n in self._lengths.items()}
+        pairs = [moments[drafter][length] if length else (0.0, 0.0) for drafter, length in self._arms]
+        self._accepted = [(mean, sqrt(variance)) for mean, variance in pairs]
 
     def expected_rates(self) -> list[float]:
         """Each arm's estimated tokens per second, exploration aside."""
         with self._lock:
-            tokens = {drafter: self._survival[drafter].moments(n) for drafter, n in self._lengths.items()}
-            means = [1 + tokens[d][n][0] if n else 1.0 for d, n in self._arms]
-            return [mean / cost.mean for mean, cost in zip(means, self._costs, strict=True)]
+            return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._accepted, self._costs, strict=True)]
 
     def _choose(self, arms: Sequence[int]) -> int:
-        sampled: dict[tuple[str, int], float] = {}
-        for drafter, lengths in self._lengths.items():
-            luck = self._random.gauss(0.0, 1.0)  # one draw a drafter: its lengths share their evidence
-            for length, (mean, variance) in self._survival[drafter].moments(lengths).items():
-                sampled[drafter, length] = min(1 + length, max(1.0, 1 + mean + luck * sqrt(variance)))
-        return max(arms, key=lambda arm: sampled.get(self._arms[arm], 1.0) / self._costs[arm].mean)
+        luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._lengths}  # its lengths share their evidence
+
+        def sampled_rate(arm: int) -> float:
+            drafter, length = self._arms[arm]
+            mean, deviation = self._accepted[arm]
+            accepted = mean + luck.get(drafter, 0.0) * deviation
+            return (1 + min(length, max(0.0, accepted))) / self._costs[arm].mean
+
+        return max(arms, key=sampled_rate)
 
     def _learn(self, arm: int, accepted: int, drafted: int, rows: Rows | None, seconds: float | None) -> None:
         fade = 1 - 1 / min(MEMORY, self._window_size or MEMORY)
@@ -123,6 +138,7 @@ class AutoSelector(DraftSelector):
                 self._survival[drafter].record(length, row_accepted)
         if seconds is not None:
             self._costs[arm].record(seconds, fade)
+        self._estimate()
 
     def _reset(self) -> None:
         super()._reset()
@@ -148,7 +164,14 @@ class AutoSelector(DraftSelector):
         super()._restore(state)
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))
-        self._survival = {drafter: Survival(**state["survival"][drafter]) for drafter in self._survival}
-        self._costs = [Cost(**cost) for cost in state["costs"]]
+        self._survival = {
+            drafter: Survival.restored(state["survival"][drafter], max(lengths))
+            for drafter, lengths in self._lengths.items()
+        }
+        self._costs = [
+            Cost(real_number("total", cost["total"], LEAST_SECONDS), real_number("weight", cost["weight"], 1.0))
+            for cost in state["costs"]
+        ]
         if len(self._costs) != self._n_arms:
             raise ValueError(f"costs describe {len(self._costs)} arms, n_arms is {self._n_arms}")
+        self._estimate()

@@ -1,0 +1,28 @@
+"""`flashspec models`: what is at hand."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+def models() -> None:
+    """List the cached models and the registered drafters."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flashspec.cache import cache_dir
+    from flashspec.drafters import list_drafters
+
+    folder = cache_dir() / "models"
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("cached", overflow="fold")
+    table.add_column("MB", justify="right")
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        size = sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
+        table.add_row(entry.name, f"{size / 1e6:.1f}")
+    console = Console(highlight=False)
+    console.print(f"{folder}" if table.row_count else f"nothing is cached in {folder}", soft_wrap=True, markup=False)
+    if table.row_count:
+        console.print(table)
+    console.print(f"drafters: {', '.join(list_drafters())}, or any model with the target's vocabulary", soft_wrap=True)

@@ -1,0 +1,246 @@
+"""Tokens per second, on simulated drafters whose acceptance and costs are known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from random import Random
+from timeit import repeat
+
+import pytest
+
+from flashspec.bandit import AutoSelector, DraftSelector, make_selector
+from flashspec.bandit.auto import Cost, Survival
+from flashspec.bandit.trace import Decision, play
+
+ARMS = [("", 0), ("cheap", 2), ("cheap", 8), ("good", 2), ("good", 4), ("good", 8)]
+CHANCE = {"": 0.0, "cheap": 0.3, "good": 0.85}  # that a draft token is accepted after those before it
+TOKEN_SECONDS = {"": 0.0, "cheap": 0.0005, "good": 0.001}
+STEP_SECONDS = 0.01
+
+
+def seconds_of(arm: int, dearer: float = 1.0) -> float:
+    drafter, length = ARMS[arm]
+    return (STEP_SECONDS + TOKEN_SECONDS[drafter] * length) * (dearer if drafter == "good" else 1.0)
+
+
+def rate_of(arm: int, dearer: float = 1.0) -> float:
+    """Expected tokens per second."""
+    drafter, length = ARMS[arm]
+    return (1 + sum(CHANCE[drafter] ** k for k in range(1, length + 1))) / seconds_of(arm, dearer)
+
+
+def responder(random: Random, dearer: float = 1.0) -> Callable[[int], Decision]:
+    def respond(arm: int) -> Decision:
+        drafter, length = ARMS[arm]
+        accepted = 0
+        while accepted < length and random.random() < CHANCE[drafter]:
+            accepted += 1
+        noise = random.uniform(0.9, 1.1)
+        return Decision(arm, accepted, length, ((length, accepted),), noise * seconds_of(arm, dearer))
+
+    return respond
+
+
+def selector_of(seed: int = 0, arms=ARMS, **options) -> AutoSelector:  # type: ignore[no-untyped-def]
+    return AutoSelector(len(arms), arms, [STEP_SECONDS] * len(arms), seed=seed, **options)
+
+
+def achieved(decisions: list[Decision]) -> float:
+    """Tokens per second of what was played."""
+    return sum(1 + d.accepted for d in decisions) / sum(d.seconds or 0.0 for d in decisions)
+
+
+def best_arm(dearer: float = 1.0) -> int:
+    return max(range(len(ARMS)), key=lambda arm: rate_of(arm, dearer))
+
+
+def test_it_plays_the_arm_with_most_tokens_per_second() -> None:
+    assert ARMS[best_arm()] == ("good", 8)
+    decisions = play(selector_of(), responder(Random(1)), 600)
+    assert sum(d.arm == best_arm() for d in decisions[200:]) > 320
+    assert achieved(decisions[200:]) > 0.95 * rate_of(best_arm())
+
+
+@pytest.mark.parametrize("other", ["ucb1", "thompson"])
+def test_it_beats_selectors_that_count_acceptance_only(other: str) -> None:
+    """The short arms have the highest acceptance rate, and are not the fastest."""
+
+    def average(make: Callable[[int], DraftSelector]) -> float:
+        return sum(achieved(play(make(seed), responder(Random(seed)), 500)) for seed in range(5)) / 5
+
+    ours = average(selector_of)
+    assert ours > 1.05 * average(lambda seed: make_selector(other, len(ARMS), seed=seed))
+
+
+def test_a_draft_of_eight_teaches_every_shorter_length() -> None:
+    selector = selector_of(arms=[("d", n) for n in range(1, 9)])
+    for _ in range(60):
+        selector.update(7, 3, 8, seconds=STEP_SECONDS)
+    expected = [rate * STEP_SECONDS - 1 for rate in selector.expected_rates()]  # accepted tokens
+    assert expected == pytest.approx([1, 2, 3, 3, 3, 3, 3, 3], abs=0.1)
+
+
+def test_moments_by_hand() -> None:
+    survival = Survival([1.0, 1.0], [1.0, 0.0])  # one draft of two, one token accepted
+    first = (1 + 0.7) / 2
+    second = 0.7 * first / 2
+    mean = first + second
+    assert survival.moments({1, 2}) == {
+        1: (pytest.approx(first), pytest.approx((first - first**2) / 2)),
+        2: (pytest.approx(mean), pytest.approx((first + 3 * second - mean**2) / 2)),
+    }
+
+
+def test_one_slow_step_counts_at_most_four_times_the_mean() -> None:
+    cost = Cost(0.01)
+    cost.record(100.0, fade=1.0)
+    assert cost.mean == pytest.approx(0.025)
+
+
+def test_rows_are_evidence_each_for_itself() -> None:
+    by_rows, one_by_one = (selector_of(arms=[("d", 2)], window_size=0) for _ in range(2))
+    by_rows.update(0, 3, 4, rows=[(2, 2), (2, 1)])
+    one_by_one._survival["d"].record(2, 2)
+    one_by_one._survival["d"].record(2, 1)
+    assert by_rows._survival == one_by_one._survival
+
+
+def test_an_arm_whose_cost_doubles_is_left() -> None:
+    selector, random = selector_of(), Random(2)
+    play(selector, responder(random), 300)
+    dearer = 3.0
+    assert ARMS[best_arm(dearer)][0] != "good"
+    decisions = play(selector, responder(random, dearer), 400)
+    assert sum(ARMS[d.arm][0] == "good" for d in decisions[200:]) < 40
+
+
+def test_a_doubled_cost_turns_the_choice_between_two_drafters() -> None:
+    arms = [("a", 4), ("b", 4)]
+    selector = selector_of(arms=arms)
+
+    def respond(arm: int, a_seconds: float) -> Decision:
+        return Decision(arm, 3, 4, seconds=a_seconds if arm == 0 else 0.015)
+
+    play(selector, lambda arm: respond(arm, 0.01), 200)
+    before = [d.arm for d in play(selector, lambda arm: respond(arm, 0.01), 100)]
+    play(selector, lambda arm: respond(arm, 0.02), 200)
+    after = [d.arm for d in play(selector, lambda arm: respond(arm, 0.02), 100)]
+    assert before.count(0) > 90 and after.count(1) > 90
+
+
+def test_plain_wins_where_nothing_is_accepted() -> None:
+    decisions = play(selector_of(), lambda arm: Decision(arm, 0, ARMS[arm][1], seconds=seconds_of(arm)), 400)
+    assert sum(d.arm == 0 for d in decisions[100:]) > 180
+    assert achieved(decisions[100:]) > 0.95 * rate_of(0)  # trying again costs less than 5 %
+
+
+def test_everything_accepted_makes_the_longest_draft_win() -> None:
+    selector = selector_of()
+    respond = lambda arm: Decision(arm, ARMS[arm][1], ARMS[arm][1], seconds=STEP_SECONDS)  # noqa: E731
+    assert {ARMS[d.arm][1] for d in play(selector, respond, 300)[100:]} == {8}
+
+
+@pytest.mark.parametrize("delay", [1, 4, 8])
+def test_late_feedback_still_teaches(delay: int) -> None:
+    decisions = play(selector_of(), responder(Random(3)), 600, delay)
+    assert sum(d.arm == best_arm() for d in decisions[200:]) > 320
+
+
+def test_the_same_seed_makes_the_same_choices() -> None:
+    traces = [play(selector_of(seed), responder(Random(4)), 200) for seed in (7, 7, 8)]
+    assert traces[0] == traces[1] != traces[2]
+
+
+def test_reset_starts_over() -> None:
+    selector = selector_of(seed=7)
+    first = play(selector, responder(Random(4)), 50)
+    selector.reset()
+    assert selector.t == 0
+    assert play(selector, responder(Random(4)), 50) == first
+
+
+def test_json_round_trip_goes_on_with_the_same_choices() -> None:
+    selector = selector_of(seed=7)
+    play(selector, responder(Random(4)), 100)
+    twin = AutoSelector.from_json(selector.to_json())
+    assert twin.expected_rates() == selector.expected_rates()
+    assert play(twin, responder(Random(5)), 200) == play(selector, responder(Random(5)), 200)
+
+
+def test_disabled_arms_are_not_played() -> None:
+    selector = selector_of()
+    selector.disable(best_arm())
+    decisions = play(selector, responder(Random(6)), 300)
+    assert best_arm() not in {d.arm for d in decisions}
+    selector.enable(best_arm())
+    assert best_arm() in {d.arm for d in play(selector, responder(Random(6)), 100)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_arms": 1}, "name 1 arms: got 2 and 2"),
+        ({"seconds": [0.1]}, "got 2 and 1"),
+        ({"seconds": [0.1, -1.0]}, "seconds"),
+        ({"seconds": [0.1, float("nan")]}, "seconds"),
+        ({"arms": [("", 0), ("a", -1)]}, "length"),
+        ({"arms": [("", 0), ("a", 1.5)]}, "length"),
+        ({"window_size": -1}, "window_size"),
+    ],
+)
+def test_bad_options_are_refused(changes: dict[str, object], message: str) -> None:
+    options = {"n_arms": 2, "arms": [("", 0), ("a", 2)], "seconds": [0.1, 0.1], **changes}
+    with pytest.raises(ValueError, match=message):
+        AutoSelector(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("costs", 0, "total"), float("nan")),
+        (("costs", 0, "total"), -1.0),
+        (("costs", 0, "total"), 0),
+        (("costs", 0, "weight"), float("inf")),
+        (("costs", 0, "weight"), 0.0),
+        (("costs",), []),
+        (("survival", "d", "tried"), [float("nan"), 0.0]),
+        (("survival", "d", "kept"), [-1.0, 0.0]),
+        (("survival", "d", "kept"), [2.0, 0.0]),  # more kept than tried
+        (("survival", "d", "kept"), [0.0]),
+        (("survival", "d", "tried"), ["many", 0.0]),
+        (("survival",), {}),
+        (("random",), [3, [1, 2], None]),
+    ],
+)
+def test_damaged_json_is_refused(path: tuple[str | int, ...], value: object) -> None:
+    selector = selector_of(arms=[("", 0), ("d", 2)])
+    selector.update(1, 1, 2, seconds=0.01)
+    document = json.loads(selector.to_json())
+    place = document["state"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match="AutoSelector"):
+        AutoSelector.from_json(json.dumps(document))
+
+
+def test_steps_that_cost_nothing_do_no_harm() -> None:
+    selector = selector_of(arms=[("", 0)])
+    for _ in range(2000):
+        selector.update(0, 0, 0, seconds=0.0)
+    assert 0 < selector.expected_rates()[0] < float("inf")
+
+
+def test_a_decision_among_thirty_arms_takes_less_than_50_us() -> None:
+    arms = [("", 0), ("suffix", 16), ("lookup", 16), *((f"model{i}", n) for i in range(9) for n in (2, 4, 8))]
+    selector = selector_of(arms=arms)
+    for _ in range(200):
+        arm = selector.select()
+        selector.update(arm, min(1, arms[arm][1]), arms[arm][1], seconds=0.01)
+    tracer = sys.gettrace()
+    sys.settrace(None)  # coverage doubles the time
+    seconds = min(repeat(selector.select, number=1, repeat=3000))
+    sys.settrace(tracer)
+    assert len(arms) == 30 and seconds < 50e-6
