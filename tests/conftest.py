@@ -8,6 +8,7 @@ from flashspec.kernels import TRITON_AVAILABLE
 if TRITON_AVAILABLE and not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import flashspec.kernels.fused
         import flashspec.kernels.gather
         import flashspec.kernels.noise
         import flashspec.kernels.verify  # noqa: F401

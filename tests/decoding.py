@@ -28,7 +28,9 @@ from flashspec.models.loading import LoadedModel
 from flashspec.models.tokenizer import Tokenizer
 from flashspec.sampling.sampler import make_sampler
 
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 class Reciter:

@@ -14,34 +14,30 @@ from flashspec.drafters.model import ModelDrafter
 
 NAN, INF = float("nan"), float("inf")
 PROMPTS = [[1, 2, 1], [4], [3, 3]]
+SEPARATE = [arm for arm in EVERY_ARM if "early-exit" not in arm]  # that one shares the target's faults
 
 
-def poisoned(bad: float, token_id: int = 5, whole_row: bool = False) -> tuple[MarkovModel, MarkovModel]:
-    """A target that is sound until it has read token_id, which only a text that begins with 4 holds; and its sound
-    twin."""
+def poisoned(bad: float) -> tuple[MarkovModel, MarkovModel]:
+    """A target that is sound until it has read a 5, which only follows a 4, which nothing leads to; and its twin
+    without that fault."""
     table = MarkovModel.random(6, seed=31).table
-    table[..., token_id] = -30.0
-    table[:, 4, token_id] = 30.0
+    table[..., 5] = -30.0
+    table[:, 4, 5] = 30.0
     table[:, :4, 4] = -30.0
     sound = MarkovModel(table.clone())
-    table[:, token_id, :] = table[:, token_id, :].where(torch.tensor(not whole_row), bad)
-    table[:, token_id, 2] = bad
+    table[:, 5, 2] = bad
     return MarkovModel(table), sound
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 1}, {"variant": "coupled"}, {"variant": "typical"}])
 @pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("arms", [["plain"], ["ngram:3"], ["model:4"], ["early-exit:2"], EVERY_ARM], ids="+".join)
+@pytest.mark.parametrize("arms", [["plain"], ["ngram:3"], ["model:4"], SEPARATE], ids="+".join)
 def test_a_target_row_that_is_not_finite_ends_its_request_only(
     arms: list[str], bad: float, settings: dict, lag: int
 ) -> None:
     target, sound = poisoned(bad)
-    drafters = every_drafter(sound)
-    if "early-exit" in arms[0] or len(arms) > 1:
-        drafters.pop("early-exit")  # it would be quarantined for sharing the target's fault
-        arms = [arm for arm in arms if "early-exit" not in arm] or ["plain"]
-    run = open_run(target, PROMPTS, arms, drafters, 20, lag=lag, **settings)
+    run = open_run(target, PROMPTS, arms, every_drafter(sound), 20, lag=lag, **settings)
     finish = {row.row: row.finish.name for output in run for row in output.rows}
     assert finish == {0: "LENGTH", 1: "ERROR", 2: "LENGTH"}
     if settings == {"temperature": 0}:
@@ -83,7 +79,7 @@ def test_a_draft_that_is_not_finite_costs_that_draft(settings: dict, bad: float,
         records = [output.record for output in run]
     assert [len(text) for text in run.state.texts] == [len(prompt) + 30 for prompt in PROMPTS]
     assert str(records[0].arm) == "model:4" and str(records[-1].arm) == "plain"
-    if settings["temperature"] == 0 if "temperature" in settings else "variant" in settings:
+    if settings != {"seed": 1}:
         plain = decode(target, PROMPTS, ["plain"], {}, 30, **settings)
         assert [text[len(prompt) :] for text, prompt in zip(run.state.texts, PROMPTS, strict=True)] == plain
 
@@ -129,7 +125,7 @@ def test_a_drafter_that_raises_is_set_aside_and_the_request_goes_on(
     with pytest.warns(RuntimeWarning, match="'failing' is set aside for this request: OSError: out of ink") as caught:
         records = [output.record for output in run]
     assert len(caught) == 1
-    assert sum(record.arm.drafter == "failing" for record in records) == nth - 1 if arms == ["failing:3"] else True
+    assert sum(record.arm.drafter == "failing" for record in records) == nth - 1
     assert [text[len(p) :] for text, p in zip(run.state.texts, PROMPTS, strict=True)] == [
         greedy_text(target, prompt, 20) for prompt in PROMPTS
     ]
@@ -209,7 +205,7 @@ def test_a_drafter_whose_context_is_shorter_than_the_text(arms: list[str], conte
     run = open_run(target, PROMPTS, arms, drafters, [10, 40, 40], temperature=0, lag=lag)
     with pytest.warns(RuntimeWarning, match=f"outgrown the drafter's context of {context} tokens"):
         records = [output.record for output in run]
-    assert (str(records[0].arm) == "model:3") == (context > 3)
+    assert str(records[0].arm) == "model:3"
     assert [text[len(p) :] for text, p in zip(run.state.texts, PROMPTS, strict=True)] == [
         greedy_text(target, prompt, count) for prompt, count in zip(PROMPTS, [10, 40, 40], strict=True)
     ]
@@ -229,7 +225,7 @@ def test_a_drafter_of_the_targets_quality_is_accepted_up_to_its_contexts_end() -
 
 def test_a_drafter_with_another_vocabulary_is_set_aside_with_a_reason() -> None:
     target = MarkovModel.random(6, seed=38)
-    with pytest.warns(RuntimeWarning, match="'model' has 5 tokens, the target 6"):
+    with pytest.warns(RuntimeWarning, match=r"'model' has 5 tokens.*the target 6"):
         texts = decode(target, [[1]], ["model:2"], {"model": ModelDrafter(MarkovModel.random(5, 1))}, 8, temperature=0)
     assert texts == [greedy_text(target, [1], 8)]
 

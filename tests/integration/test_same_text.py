@@ -113,7 +113,9 @@ def test_a_cancelled_row_leaves_the_others_alone(arms: list[str], lag: int) -> N
 
 def test_when_every_row_is_cancelled_the_run_ends() -> None:
     run = open_run(TARGET, RAGGED, ["plain"], {}, COUNT, temperature=0, lag=1, selector=TakingTurns(1))
-    for number, _ in enumerate(run):
+    steps = 0
+    for _ in run:
+        steps += 1
         for row in range(len(RAGGED)):
             run.cancel(row, FinishReason.CANCELLED)
-    assert number == 0 and not run.flights
+    assert steps == 1 and not run.flights

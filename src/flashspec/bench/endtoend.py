@@ -11,6 +11,7 @@ from flashspec.bench.methods import HF_DTYPES, Method, Setup, Take, make_method
 from flashspec.bench.prompts import SMALL, PromptSet, load_prompts
 from flashspec.bench.provenance import provenance
 from flashspec.bench.report import draw, write_json
+from flashspec.engine import DEFAULT_DRAFTERS
 from flashspec.metrics.arms import summarise_arms
 
 DEFAULT_METHODS = ("hf-float32", "hf-bfloat16", "plain", "auto")
@@ -18,7 +19,7 @@ DEFAULT_METHODS = ("hf-float32", "hf-bfloat16", "plain", "auto")
 
 def run(
     target: Any = "smollm2",
-    drafters: Sequence[str] = ("suffix",),
+    drafters: Sequence[str] = DEFAULT_DRAFTERS,
     prompts: Sequence[Path] = (),
     methods: Sequence[str] = DEFAULT_METHODS,
     limit: int | None = None,
@@ -33,7 +34,7 @@ def run(
     plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's figures are
     medians over its prompts, speed-ups medians of per-prompt ratios. speedup_vs_hf is over the faster dtype of
     transformers' plain generate; null where the other side of a ratio was not among the methods."""
-    setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature)
+    setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature, progress)
     sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
     made = {name: make_method(name, setup) for name in methods}
     takes = {prompt_set.name: _decode(prompt_set, made, setup, progress) for prompt_set in sets}

@@ -48,9 +48,16 @@ class Setup:
 
     @classmethod
     def load(
-        cls, target: Any, drafters: Sequence[str], device: str, dtype: str, max_new_tokens: int, temperature: float
+        cls,
+        target: Any,
+        drafters: Sequence[str],
+        device: str,
+        dtype: str,
+        max_new_tokens: int,
+        temperature: float,
+        progress: Callable[[str, float | None], None] | None = None,
     ) -> Setup:
-        loaded = load_model(target, device=device, dtype=dtype)
+        loaded = load_model(target, device=device, dtype=dtype, progress=progress)
         return cls(target, tuple(drafters), loaded, device, dtype, max_new_tokens, temperature)
 
 

@@ -66,10 +66,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit status and sentence of a foreseeable fault; any other is raised again."""
-    if isinstance(error, click.UsageError) and error.ctx is not None:
-        return BAD_INPUT, f"{error.format_message().rstrip('.')}; see '{error.ctx.command_path} --help'"
-    if isinstance(error, click.ClickException):
-        return BAD_INPUT, error.format_message()
+    if isinstance(error, click.UsageError):
+        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx is not None else ""
+        return BAD_INPUT, error.format_message().rstrip(".") + hint
     if isinstance(error, UnicodeDecodeError):
         return BAD_INPUT, f"the input is not UTF-8 text: {error.reason} at byte {error.start}"
     if isinstance(error, OSError):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from flashspec.models.base import LanguageModel
     from flashspec.models.loading import LoadedModel
 
-DEFAULT_DRAFTERS = ("suffix",)
 Command = Callable[..., None]
 
 
@@ -66,7 +65,7 @@ class EngineOptions:
 
     def _build(self, config: FlashSpecConfig, progress: Waiting) -> SpeculativeEngine:
         from flashspec.core import PLAIN, Arm
-        from flashspec.engine import SpeculativeEngine
+        from flashspec.engine import DEFAULT_DRAFTERS, SpeculativeEngine
         from flashspec.engine.arms import make_drafter, unique_names
         from flashspec.models.loading import load_model
 
@@ -78,7 +77,7 @@ class EngineOptions:
         sources = named or (() if arms else DEFAULT_DRAFTERS)
         target = load(self.target)
         drafters = unique_names(
-            [make_drafter(source, target.model, lambda name: _load_drafter(name, load, target)) for source in sources]
+            [make_drafter(source, target.model, lambda name: _load_drafter(name, load)) for source in sources]
         )
         arms = arms or self._cross(drafters)
         if self.selector == "fixed" and len(arms) > 1:
@@ -94,7 +93,7 @@ class EngineOptions:
         return drafting if self.selector == "fixed" else [PLAIN, *drafting]
 
 
-def _load_drafter(source: str, load: Callable[[str], LoadedModel], target: LoadedModel) -> tuple[LanguageModel, str]:
+def _load_drafter(source: str, load: Callable[[str], LoadedModel]) -> tuple[LanguageModel, str]:
     from flashspec.core import FlashSpecError
     from flashspec.drafters import list_drafters
 
@@ -103,9 +102,6 @@ def _load_drafter(source: str, load: Callable[[str], LoadedModel], target: Loade
     except FlashSpecError as error:
         known = ", ".join(list_drafters())
         raise FlashSpecError(f"drafter {source!r} is none of {known}, and no model: {error}") from None
-    size, wanted = loaded.model.vocab_size, target.model.vocab_size
-    if size != wanted:
-        raise ValueError(f"drafter {source!r} has {size} tokens and the target {wanted}: it needs the same vocabulary")
     return loaded.model, loaded.name
 
 

@@ -21,13 +21,14 @@ class ModelDrafter(Drafter):
         raise ValueError("drafter 'model' needs a model: name its id, folder or GGUF file instead")
 
     def start(self, context: DraftContext) -> Proposer:
-        model, target = self.model, context.target.model
-        if model.vocab_size != target.vocab_size:
-            raise ValueError(
-                f"drafter {self.name!r} has {model.vocab_size} tokens, the target {target.vocab_size}: "
-                "a model drafter needs the target's vocabulary"
-            )
-        return ModelProposer(context.add_reader(model))
+        self.check(context.target.model)
+        return ModelProposer(context.add_reader(self.model))
+
+    def check(self, target: LanguageModel) -> None:
+        """ValueError unless the two vocabularies are of one size."""
+        size, wanted = self.model.vocab_size, target.vocab_size
+        if size != wanted:
+            raise ValueError(f"drafter {self.name!r} has {size} tokens and the target {wanted}: they need the same ones")
 
 
 class ModelProposer(Proposer):

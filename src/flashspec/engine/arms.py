@@ -19,13 +19,18 @@ def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
     takes; `load` returns the model and a name for it."""
     if isinstance(source, str) and source in list_drafters():
         cls = get_drafter(source)
-        return cls.create(target) if issubclass(cls, Drafter) else HostDrafter(cls(), source)
+        if not issubclass(cls, Drafter):
+            return HostDrafter(cls(), source)
+        drafter = cls.create(target)
+        drafter.name = source  # arms are asked for by the name that the drafter was asked for by
+        return drafter
     if isinstance(source, Drafter):
         return source
     if isinstance(source, GeneratesDraft):
         return HostDrafter(source, type(source).__name__.lower())
-    model, name = load(source)
-    return ModelDrafter(model, name)
+    drafter = ModelDrafter(*load(source))
+    drafter.check(target)
+    return drafter
 
 
 def unique_names(drafters: Sequence[Drafter]) -> dict[str, Drafter]:

@@ -22,6 +22,7 @@ from flashspec.models.loading import LoadedModel, load_model
 from flashspec.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]
+DEFAULT_DRAFTERS = ("suffix",)
 
 
 @dataclass(slots=True)
@@ -42,6 +43,24 @@ class Metrics:
             self.latency.record(step.seconds)
 
 
+class Turn:
+    """A lock that says so where its own thread holds it, instead of waiting for ever."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise RuntimeError("an earlier stream of this engine is unfinished; exhaust it or call its result() first")
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None
+        self._lock.release()
+
+
 class SpeculativeEngine:
     """A target, its drafters and the selector that chooses among their arms.
 
@@ -49,7 +68,8 @@ class SpeculativeEngine:
     Drafter, a registered name, an object with `generate_draft`, or a model in any of the target's forms. bandit: a
     selector with one arm for each of `arms`; None makes the configured one. arms: Arm objects or names such as
     'ngram:4' and 'plain'; None is one arm a drafter at `config.sampling.gamma` (plain without drafters).
-    One batch runs at a time: calls from several threads wait for each other.
+    One batch runs at a time: calls from several threads wait for each other, and a thread with an unfinished stream
+    gets a RuntimeError.
     """
 
     def __init__(
@@ -83,13 +103,13 @@ class SpeculativeEngine:
             ThroughputTracker() if settings.track_throughput else None,
             LatencyTracker(settings.latency_window) if settings.track_latency else None,
         )
-        self.lock = threading.Lock()
+        self.turn = Turn()
 
     @classmethod
     def from_pretrained(
         cls,
         target: Any = "smollm2",
-        drafters: Sequence[Any] = ("suffix",),
+        drafters: Sequence[Any] = DEFAULT_DRAFTERS,
         *,
         config: FlashSpecConfig | None = None,
         arms: Sequence[Arm | str] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from flashspec.config import SamplingConfig
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """Iterating it decodes and yields Chunks. `result()` ends it, with what is written so far; rows that were not at
-    their end are 'cancelled'. The engine is held from the first chunk to the end."""
+    """Iterating it decodes and yields Chunks. Leaving the loop ends it, and so does `result()`, with what is written so
+    far; rows that were not at their end are 'cancelled'. The engine is held from the first chunk to the end."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Generation:
         self._chunks = self._decode()
 
     def __iter__(self) -> Iterator[Chunk]:
-        return self._chunks
+        yield from self._chunks  # not the generator itself: that one and self keep each other alive when a loop is left
 
     def result(self) -> GenerationResult:
         self._chunks.close()
@@ -64,27 +65,31 @@ class Generation:
         )
 
     def _decode(self) -> Generator[Chunk, None, None]:
-        with self.engine.lock:
+        with self.engine.turn:
             started = time.perf_counter()
             run = self._start()
-            for output in run:
-                self.steps.append(output.record)
-                self.engine.metrics.record(output.record)
-                self.seconds = time.perf_counter() - started
-                for row_output in output.rows:
-                    row = self.rows[row_output.row]
-                    count, text = row.add(row_output)
-                    if row.finish is FinishReason.STOP and row_output.finish is FinishReason.RUNNING:
-                        run.cancel(row_output.row, FinishReason.STOP)
-                    yield Chunk(
-                        row_output.row,
-                        tuple(row_output.token_ids[:count]),
-                        text,
-                        output.record,
-                        tuple(row_output.logprobs[:count]),
-                        None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
-                    )
+            with suppress(GeneratorExit):  # left between two steps: what was read until then is sound
+                yield from self._follow(run, started)
             self._end(run)
+
+    def _follow(self, run: Run, started: float) -> Iterator[Chunk]:
+        for output in run:
+            self.steps.append(output.record)
+            self.engine.metrics.record(output.record)
+            self.seconds = time.perf_counter() - started
+            for row_output in output.rows:
+                row = self.rows[row_output.row]
+                count, text = row.add(row_output)
+                if row.finish is FinishReason.STOP and row_output.finish is FinishReason.RUNNING:
+                    run.cancel(row_output.row, FinishReason.STOP)
+                yield Chunk(
+                    row_output.row,
+                    tuple(row_output.token_ids[:count]),
+                    text,
+                    output.record,
+                    tuple(row_output.logprobs[:count]),
+                    None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
+                )
 
     def _start(self) -> Run:
         engine, settings, model = self.engine, self.settings, self.engine.target
@@ -124,8 +129,9 @@ class Conversation:
 
     def send(self, message: str, max_new_tokens: int | None = None, **changes: Any) -> Iterator[Chunk]:
         """Ask, and stream the answer; it joins the messages when it ends, or is left early."""
-        self.messages.append({"role": "user", "content": message})
-        self.last = self.engine.stream(self.messages, max_new_tokens, memory=self.memory, **changes)
+        messages = [*self.messages, {"role": "user", "content": message}]
+        self.last = self.engine.stream(messages, max_new_tokens, memory=self.memory, **changes)
+        self.messages = messages
         try:
             yield from self.last
         finally:

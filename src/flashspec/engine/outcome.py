@@ -37,7 +37,7 @@ class Logprobs:
     def of(cls, logits: Tensor, token_ids: Tensor, count: int) -> Logprobs:
         """logits: (B, γ + 1, V) of the target, token_ids: (B, γ + 1) int64."""
         logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(count, dim=-1)
+        top = logprobs.topk(min(count, logits.shape[-1]), dim=-1)
         return cls(token_ids, logprobs.gather(-1, token_ids[..., None])[..., 0], top.indices, top.values)
 
     def fetch(self) -> list[list[TokenLogprobs]]:

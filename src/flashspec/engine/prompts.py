@@ -17,6 +17,8 @@ Prompt = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[int]] | Ten
 def encode_prompts(prompt: Prompt, tokenizer: Tokenizer | None, model: LanguageModel) -> list[list[int]]:
     """Text, a list of texts, a chat, or token ids (B, T) padded with -1. ValueError names what is wrong."""
     rows = _token_rows(prompt, tokenizer)
+    if not rows:
+        raise ValueError("prompt is empty; give text, messages or token ids")
     for row, token_ids in enumerate(rows):
         if not token_ids:
             raise ValueError(f"prompt {row} is empty; give at least one token")
@@ -38,8 +40,6 @@ def _token_rows(prompt: Prompt, tokenizer: Tokenizer | None) -> list[list[int]]:
             )
         return [[token_id for token_id in row if token_id != -1] for row in prompt.tolist()]
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not items:
-        raise ValueError("prompt is empty; give text, messages or token ids")
     if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
         return [[int(token_id) for token_id in row if token_id != -1] for row in items]
     if tokenizer is None:

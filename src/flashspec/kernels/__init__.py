@@ -13,14 +13,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from flashspec.kernels import reference
+from flashspec.kernels import reference, reference_fused
 
-__all__ = ["TRITON_AVAILABLE", "gather_accepted", "philox_gumbel", "philox_uniform", "verify_tokens"]
+__all__ = ["TRITON_AVAILABLE", "gather_accepted", "philox_gumbel", "philox_uniform", "verify_logits", "verify_tokens"]
 
 TRITON_AVAILABLE = find_spec("triton") is not None
 
 _LOGPROB_DTYPES = (torch.float32, torch.bfloat16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_VARIANTS = ("rejection", "coupled", "greedy")
 
 
 def verify_tokens(
@@ -94,6 +96,49 @@ def philox_gumbel(seeds: Tensor, positions: Tensor, purpose: int, vocab_size: in
 
         return noise.philox_gumbel(seeds, positions, purpose, vocab_size)
     return reference.philox_gumbel(seeds, positions, purpose, vocab_size)
+
+
+def verify_logits(
+    target_logits: Tensor,
+    draft_token_ids: Tensor,
+    draft_lengths: Tensor,
+    draft_weights: Tensor | None,
+    seeds: Tensor,
+    lengths: Tensor,
+    temperature: Tensor,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole verification from raw logits, in two launches.
+
+    target_logits: (B, γ + 1, V) float32, bfloat16 or float16; position i decides text position lengths + i.
+    draft_token_ids: (B, γ) int64, of which row b proposes the first draft_lengths[b], (B,) int64.
+    draft_weights: (B, γ, V) float32, bfloat16 or float16 log-weights that the tokens were drawn from; None: one-hot,
+    and so it counts unless variant is 'rejection'. seeds, lengths: (B,) int64. temperature: (B,) float32, divides the
+    target's logits; rows at 0 are greedy. For top-k, top-p, min-p and penalties pass masked or shifted logits.
+    variant: 'rejection', 'coupled' or 'greedy'; the latter reads no temperature.
+    Returns num_accepted (B,) int64, next_token (B,) int64 in [0, V), and failed (B,) bool: rows whose other two mean
+    nothing, since a position up to num_accepted holds NaN or +inf, or nothing but -inf. A draft token outside [0, V)
+    is rejected; so is one whose weights are not finite, and the next token is then drawn from the target alone.
+    """
+    shape = tuple(target_logits.shape)
+    if len(shape) != 3 or shape[1] < 1 or shape[2] < 1:
+        raise ValueError(f"target_logits should be (B, γ + 1, V) with V >= 1: got shape {shape}")
+    if variant not in _VARIANTS:
+        raise ValueError(f"variant should be one of {', '.join(_VARIANTS)}: got {variant!r}")
+    batch_size, gamma, device = shape[0], shape[1] - 1, target_logits.device
+    _check("target_logits", target_logits, shape, _LOGIT_DTYPES, device)
+    _check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
+    if draft_weights is not None:
+        _check("draft_weights", draft_weights, (batch_size, gamma, shape[2]), _LOGIT_DTYPES, device)
+    for name, rows in (("draft_lengths", draft_lengths), ("seeds", seeds), ("lengths", lengths)):
+        _check(name, rows, (batch_size,), (torch.int64,), device)
+    _check("temperature", temperature, (batch_size,), (torch.float32,), device)
+    arguments = (target_logits, draft_token_ids, draft_lengths, draft_weights, seeds, lengths, temperature, variant)
+    if _use_triton(device):
+        from flashspec.kernels import fused
+
+        return fused.verify_logits(*arguments)
+    return reference_fused.verify_logits(*arguments)
 
 
 def _use_triton(device: torch.device) -> bool:

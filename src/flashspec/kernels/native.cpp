@@ -26,9 +26,10 @@ struct Model {
 
 namespace {
 
-constexpr int PASS = 64;       // rows that go through the layers together
-constexpr int QUERIES = 8;     // rows that share a read of keys and values
-constexpr int SLOTS = 64;      // keys between two updates of the running softmax
+constexpr int PASS = 64;    // rows that go through the layers together
+constexpr int32_t IOTA[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr int QUERIES = 8;  // rows that share a read of keys and values
+constexpr int SLOTS = 64;   // keys between two updates of the running softmax
 
 inline vec exponential(vec x) {  // relative error below 2e-7; 0 under -87; NaN stays NaN
   const vec bounded = x < -87.0f ? broadcast(-87.0f) : x > 88.0f ? broadcast(88.0f) : x;
@@ -40,22 +41,41 @@ inline vec exponential(vec x) {  // relative error below 2e-7; 0 under -87; NaN 
   return x < -87.0f ? vec{} : series * scale;
 }
 
+// a0 b0 a1 b1 ... of the lower and of the upper halves.
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+inline vec interleave_low(vec a, vec b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+inline vec interleave_high(vec a, vec b) {
+#if defined(__AVX512F__)
+  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
 // Lane i of the result is the sum of v[i]'s lanes.
 inline vec totals(vec v[LANES]) {
 #pragma GCC unroll 4
   for (int half = LANES / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      v[i] = SHUFFLE(v[i], v[i + half], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
-             SHUFFLE(v[i], v[i + half], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (int i = 0; i < half; ++i) v[i] = interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
   return v[0];
 }
-
 template <class Pick> inline float fold(vec v, Pick pick) {  // all lanes into one
-  v = pick(v, SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = pick(v, SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = pick(v, SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = pick(v, SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  for (int lanes = LANES; lanes > 1; lanes /= 2) v = pick(interleave_low(v, v), interleave_high(v, v));
   return v[0];
 }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
@@ -86,6 +106,7 @@ template <class Body> void on_threads(Index threads, Body body) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
   body(static_cast<Index>(omp_get_thread_num()), static_cast<Index>(omp_get_num_threads()));
 #else
+  (void)threads;
   body(Index{0}, Index{1});
 #endif
 }
@@ -119,7 +140,8 @@ template <class KV> struct Pass {
   Index first, queries, batch, capacity, num_layers;
   int rows;
   KV *keys, *values;
-  float *residual, *q, *k, *v, *mixed, *gate, *up, *hidden;
+  float *residual = nullptr, *q = nullptr, *k = nullptr, *v = nullptr, *mixed = nullptr;
+  float *gate = nullptr, *up = nullptr, *hidden = nullptr;
 
   Index width() const { return padded(model.hidden_size); }
   Index q_size() const { return padded(model.num_heads * model.head_dim); }
@@ -145,7 +167,8 @@ template <class KV> struct Pass {
     const Range units = worker.share(rows * model.num_kv_heads);
     for (Index unit = units.begin; unit < units.end; ++unit) {
       const int row = static_cast<int>(unit / model.num_kv_heads);
-      const Index head = unit % model.num_kv_heads, position = positions[row], at = row * kv_size() + head * model.head_dim;
+      const Index head = unit % model.num_kv_heads, position = positions[row];
+      const Index at = row * kv_size() + head * model.head_dim;
       if (row + 1 < rows && sequence(row + 1) == sequence(row) && positions[row + 1] == position)
         continue;  // of rows that stay at a limit the last one writes: no slot has two writers
       rotate(k + at, model.layers[layer].k_norm, position, 1.0f);
@@ -175,7 +198,8 @@ template <class KV> struct Pass {
       for (int i = 0; i < count; ++i) {
         const Index from = std::max<Index>(query[i].position + 1 - window - tile, 0);
         const Index to = std::min<Index>(query[i].position + 1 - tile, SLOTS);
-        if (from < to) attend_tile(query[i], keys + slots, values + slots, tile, static_cast<int>(from), static_cast<int>(to));
+        if (from < to)
+          attend_tile(query[i], keys + slots, values + slots, tile, static_cast<int>(from), static_cast<int>(to));
       }
     for (int i = 0; i < count; ++i)
       for (Index d = 0; d < model.head_dim; ++d) query[i].out[d] /= query[i].sum;
@@ -184,7 +208,7 @@ template <class KV> struct Pass {
   // Adds slots tile + [from, to) to a query's running softmax.
   void attend_tile(Query& query, const KV* keys, const KV* values, Index tile, int from, int to) const {
     const Index size = model.head_dim;
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ivec lane = load<ivec>(IOTA);
     float weights[SLOTS];
     vec most = broadcast(query.largest), sums = {};
     keys += tile * size, values += tile * size;
@@ -195,7 +219,8 @@ template <class KV> struct Pass {
         dots[j] = vec{};
         for (Index d = 0; d < size; d += LANES) dots[j] += load<vec>(query.at + d) * read(key + d);
       }
-      const vec score = (lane >= from - slot) & (lane < to - slot) ? totals(dots) : broadcast(-INFINITY);
+      const ivec seen = (lane >= from - slot) & (lane < to - slot);
+      const vec score = seen ? totals(dots) : broadcast(-INFINITY);
       most = larger(score, most);
       store(weights + slot, score);
     }
@@ -270,11 +295,11 @@ template <class KV> struct Pass {
 
   void forward(const Worker& worker) const {
     const Kernels& kernels = KERNELS[model.embedding.format];
-    const Index blocks = width() / BLOCK, panel_size = blocks * GROUPS * kernels.size;
+    const Index blocks = width() / BLOCK, panel_size = blocks * kernels.block_size;
     const Range mine = worker.share(rows);
     for (Index row = mine.begin; row < mine.end; ++row)
-      kernels.embed(model.embedding.data + token_ids[row] / PANEL * panel_size, static_cast<int>(token_ids[row] % PANEL),
-                    blocks, residual + row * width());
+      kernels.embed(model.embedding.data + token_ids[row] / PANEL * panel_size,
+                    static_cast<int>(token_ids[row] % PANEL), blocks, residual + row * width());
     barrier();
     for (Index layer = 0; layer < num_layers; ++layer) layer_forward(worker, layer);
     for (Index row = mine.begin; row < mine.end; ++row)
@@ -292,8 +317,8 @@ inline Worker make_worker(Index index, Index count, Index rows, Index size, floa
 }
 
 template <class KV>
-int run(const Model& model, const Index* token_ids, const Index* positions, Index batch, Index queries, Index num_layers,
-        KV* keys, KV* values, Index capacity, float* hidden, Index threads) {
+int run(const Model& model, const Index* token_ids, const Index* positions, Index batch, Index queries,
+        Index num_layers, KV* keys, KV* values, Index capacity, float* hidden, Index threads) {
   const Index all = batch * queries, most = std::min<Index>(all, PASS);
   Pass<KV> pass{model, token_ids, positions, 0, queries, batch, capacity, num_layers, 0, keys, values};
   const Index width = pass.width(), q_size = pass.q_size(), kv_size = pass.kv_size();

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from flashspec.cache import cache_dir
 
-SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).with_name("native_weights.cpp"))  # the first includes
-PANEL, BLOCK, LANES = 32, 32, 16  # as in the source
+SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).with_name("native_weights.cpp"))
+PANEL, GROUP, BLOCK = 32, 16, 32  # as in the source
 FORMATS = ("f32", "bf16", "q8_0", "q4_1", "q4_0")  # in the order of the source's tables
 GGUF_BLOCK_BYTES = {"q8_0": 34, "q4_1": 20, "q4_0": 18}
 
@@ -53,7 +53,7 @@ class PackedMatrix:
                 f"weight should be (N, K) in float32, bfloat16 or float16: got {tuple(weight.shape)} {weight.dtype}"
             )
         rows, columns = weight.shape
-        blocks = F.pad(weight.detach().cpu(), (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+        blocks = F.pad(weight.detach().cpu(), (0, -columns % BLOCK)).view(rows, -1, BLOCK)
         if weight.dtype == torch.bfloat16:  # two columns share a 32-bit lane
             return cls(_pack(blocks.contiguous().view(torch.int32)), rows, columns, "bf16")
         return cls(_pack(blocks.float()), rows, columns, "f32")
@@ -66,16 +66,18 @@ class PackedMatrix:
             raise ValueError(f"format should be one of {', '.join(GGUF_BLOCK_BYTES)}: got {format!r}")
         if blocks.dim() != 2 or blocks.dtype != torch.uint8 or blocks.shape[1] % size:
             raise ValueError(
-                f"blocks should be (N, a multiple of {size}) uint8 for {format}: got {tuple(blocks.shape)} {blocks.dtype}"
+                f"blocks of {format} should be (N, a multiple of {size}) uint8: "
+                f"got {tuple(blocks.shape)} {blocks.dtype}"
             )
         rows, columns = blocks.shape[0], blocks.shape[1] // size * BLOCK
-        parts = blocks.unflatten(1, (-1, size))  # (N, K / 32, size)
+        parts = blocks.reshape(rows, -1, size)  # (N, K / 32, size)
         scale_bytes = size - (32 if format == "q8_0" else 16)
         scales = parts[..., :scale_bytes].contiguous().view(torch.int16)
         values = parts[..., scale_bytes:].contiguous()
-        if format != "q8_0":  # a byte holds columns j and j + 16; a 32-bit lane is to hold eight neighbours
+        if format != "q8_0":  # a byte holds columns j and j + 16; neighbours are to share one
             columns_of_block = torch.cat((values & 15, values >> 4), 2)
-            values = (columns_of_block[..., 0::2] | columns_of_block[..., 1::2] << 4).view(torch.int32)
+            values = columns_of_block[..., 0::2] | columns_of_block[..., 1::2] << 4
+        values = values.view(torch.int32)  # a lane: four or eight neighbouring columns
         return cls(torch.cat((_pack(scales), _pack(values)), 3), rows, columns, format)
 
     def dequantise(self) -> Tensor:
@@ -85,7 +87,8 @@ class PackedMatrix:
         elif self.format == "bf16":
             weight = _unpack(self.data, torch.int32).view(torch.bfloat16).float()
         elif self.format == "q8_0":
-            weight = _unpack(self.data[..., 32:], torch.int8) * _unpack(self.data[..., :32], torch.float16).float()
+            scale = _unpack(self.data[..., :32], torch.float16).float()
+            weight = scale * _unpack(self.data[..., 32:], torch.int32).view(torch.int8)
         else:
             scale_bytes = 64 if self.format == "q4_1" else 32
             scales = _unpack(self.data[..., :scale_bytes], torch.float16).float()  # (N, K / 32, 2 or 1)
@@ -99,13 +102,13 @@ class PackedMatrix:
 def _pack(values: Tensor) -> Tensor:
     """(N, K / 32, n) -> (N / 32, K / 32, 2, bytes) uint8: n vectors of 16 rows for each block."""
     padded = F.pad(values, (0, 0, 0, 0, 0, -values.shape[0] % PANEL))
-    groups = padded.view(-1, 2, LANES, *values.shape[1:])
+    groups = padded.view(-1, 2, GROUP, *values.shape[1:])
     return groups.permute(0, 3, 1, 4, 2).contiguous().view(torch.uint8).flatten(3)
 
 
 def _unpack(data: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse: (N / 32, K / 32, 2, bytes) uint8 -> (N, K / 32, n) of dtype."""
-    values = data.contiguous().view(dtype).unflatten(3, (-1, LANES))
+    values = data.contiguous().view(dtype).view(*data.shape[:3], -1, GROUP)
     return values.permute(0, 2, 4, 1, 3).flatten(0, 2).contiguous()
 
 
@@ -198,7 +201,7 @@ class NativeDecoder:
         half = shape.head_dim // 2
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         hidden, mlp = shape.hidden_size, shape.intermediate_size
-        if shape.head_dim % LANES or shape.num_heads % shape.num_kv_heads or len(layers) != shape.num_layers:
+        if shape.head_dim % GROUP or shape.num_heads % shape.num_kv_heads or len(layers) != shape.num_layers:
             raise ValueError(
                 "head_dim should be a multiple of 16, num_heads one of num_kv_heads and layers num_layers long: "
                 f"got {shape} and {len(layers)} layers"
@@ -350,23 +353,30 @@ def _build() -> Path:
     """The library's path in the cache folder, compiled if it is not there yet."""
     compiler = _compiler()
     architecture = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*compiler, "-std=c++17", "-O3", architecture, "-fno-math-errno", "-ffp-contract=fast", "-fopenmp"]
-    command += ["-w", "-shared", "-fPIC", str(SOURCES[0])]
+    command = [*compiler, "-std=c++17", "-O3", architecture, "-fno-math-errno", "-ffp-contract=fast", "-w"]
+    command += ["-shared", "-fPIC", str(SOURCES[0])]
     # The thread pool that torch already runs: a second one would spin against it on the same cores.
-    command += ["-Wl,--as-needed", *map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))]
+    pool = list(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
+    threaded = [*command, "-fopenmp", *(["-Wl,--as-needed", *pool] if pool else [])]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [*(source.read_text() for source in SOURCES), *command, version, _cpu()]
+    parts = [*(source.read_text() for source in SOURCES), *threaded, version, _cpu()]
     target = cache_dir() / f"native-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    result = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True, timeout=300)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{' '.join(compiler)} failed: {next((x for x in lines if 'error' in x), lines[-1])}")
-    os.replace(temporary, target)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        if _compile([*threaded, "-o", str(temporary)]):  # a compiler without OpenMP gives one thread
+            reason = _compile([*command, "-o", str(temporary)])
+            if reason:
+                raise RuntimeError(f"{' '.join(compiler)} failed: {reason}")
+        os.replace(temporary, target)
     return target
+
+
+def _compile(command: list[str]) -> str:
+    """'' or the first error."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = result.stderr.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[-1]) if result.returncode else ""
 
 
 def _compiler() -> list[str]:
@@ -378,11 +388,10 @@ def _compiler() -> list[str]:
 
 
 def _cpu() -> str:
-    """Names the processor: what -march=native compiles for."""
+    """Names the processor: what the compiler's `native` stands for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))

@@ -19,26 +19,24 @@ extern "C" struct Matrix {
 
 namespace {
 
-constexpr int LANES = 16, GROUPS = 2, PANEL = LANES * GROUPS, BLOCK = 32;
-#ifdef __AVX512F__  // a product holds TILE rows by WIDE groups of sums in registers, here 24 of 32
-constexpr int TILE = 12, WIDE = 2;
+// A product holds TILE rows by WIDE vectors of sums in registers: 24 of 32 (AVX-512, NEON) or 12 of 16.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, WIDE = 2, TILE = 12;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, WIDE = 2, TILE = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, WIDE = 2, TILE = 12;
 #else
-constexpr int TILE = 6, WIDE = 1;
+constexpr int LANES = 4, WIDE = 2, TILE = 6;
 #endif
-constexpr int CHUNK = 16;      // blocks unpacked to memory at a time for more rows: 64 KB
-constexpr int AHEAD = 4096;    // bytes of prefetch: 3.7 -> 2.5 cycles a vector of Q4_1 at one row (2.3 from L2)
+constexpr int GROUP = 16, PANEL = 32, BLOCK = 32;
+constexpr int CHUNK = 4;     // blocks unpacked to memory at a time, for more than TILE rows: 16 KB stay in L1
+constexpr int AHEAD = 4096;  // bytes of prefetch: 3.7 -> 2.5 cycles a vector of Q4_1 at one row (2.3 from L2)
 
-using vec = float __attribute__((vector_size(64)));
-using ivec = int32_t __attribute__((vector_size(64)));
-using uvec = uint32_t __attribute__((vector_size(64)));
-using halves = uint16_t __attribute__((vector_size(32)));
-using shorts = int16_t __attribute__((vector_size(32)));
-using bytes = int8_t __attribute__((vector_size(16)));
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
-#endif
+using vec = float __attribute__((vector_size(4 * LANES)));
+using ivec = int32_t __attribute__((vector_size(4 * LANES)));
+using uvec = uint32_t __attribute__((vector_size(4 * LANES)));
+using halves = uint16_t __attribute__((vector_size(2 * LANES)));
 
 template <class V> inline V load(const void* from) {
   V value;
@@ -47,13 +45,12 @@ template <class V> inline V load(const void* from) {
 }
 template <class V> inline void store(void* to, V value) { std::memcpy(to, &value, sizeof value); }
 template <class To, class From> inline To bits(From from) { return load<To>(&from); }
-inline vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline vec broadcast(float x) { return x - vec{}; }
 inline vec floats(ivec x) { return __builtin_convertvector(x, vec); }
 
-#ifdef __AVX512F__  // compilers find these instructions by themselves only in part
+#ifdef __AVX512F__  // GCC 12 finds these instructions by itself only in part
 inline uvec widen(halves x) { return bits<uvec>(_mm512_cvtepu16_epi32(bits<__m256i>(x))); }
 inline vec from_half(const uint8_t* at) { return bits<vec>(_mm512_cvtph_ps(load<__m256i>(at))); }
-inline vec from_bytes(const uint8_t* at) { return floats(bits<ivec>(_mm512_cvtepi8_epi32(load<__m128i>(at)))); }
 inline vec nibble(uvec eight, int i) {  // a table look-up reads the low four bits only: no mask, no conversion
   const vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return bits<vec>(_mm512_permutexvar_ps(bits<__m512i>(eight >> 4 * i), bits<__m512>(table)));
@@ -62,62 +59,76 @@ inline vec nibble(uvec eight, int i) {  // a table look-up reads the low four bi
 inline uvec widen(halves x) { return __builtin_convertvector(x, uvec); }
 inline vec from_half(const uint8_t* at) {
   const uvec half = widen(load<halves>(at)), magnitude = (half & 0x7fff) << 13;
-  const uvec value = bits<uvec>(bits<vec>(magnitude) * 0x1p112f);             // rebias the exponent
+  const uvec value = bits<uvec>(bits<vec>(magnitude) * 0x1p112f);           // rebias the exponent
   const uvec special = bits<uvec>(magnitude >= 0x0f800000u) & 0x7f800000u;  // inf and NaN
   return bits<vec>(value | special | (half & 0x8000) << 16);
-}
-inline vec from_bytes(const uint8_t* at) {  // GCC 12 takes a single step from bytes to words apart, lane by lane
-  return floats(__builtin_convertvector(__builtin_convertvector(load<bytes>(at), shorts), ivec));
 }
 inline vec nibble(uvec eight, int i) { return floats(bits<ivec>(eight >> 4 * i & 15)); }
 #endif
 
-// The weight formats: a block of 32 columns of 16 rows; `block(eight, i)` is column 8 * eight + i.
+// The weight formats. A block is 32 columns of a group of 16 rows: scales, then 32-bit lanes, one a row, that hold as
+// many neighbouring columns as fit. `Format(panel, row)` takes LANES rows from `row` on; (eight, i) is column
+// 8 * eight + i.
 struct Float32 {
   static constexpr int size = 2048;
   const uint8_t* at;
+  Float32(const uint8_t* panel, int row) : at(panel + row / GROUP * size + row % GROUP * 4) {}
   vec operator()(int eight, int i) const { return load<vec>(at + 512 * eight + 64 * i); }
 };
-struct BFloat16 {  // two columns a 32-bit lane
+struct BFloat16 {
   static constexpr int size = 1024;
   const uint8_t* at;
+  BFloat16(const uint8_t* panel, int row) : at(panel + row / GROUP * size + row % GROUP * 4) {}
   vec operator()(int eight, int i) const {
-    const uvec pair = load<uvec>(at + 256 * eight + 64 * (i / 2));
-    return bits<vec>(i % 2 ? pair & 0xffff0000u : pair << 16);
+    const uvec two = load<uvec>(at + 256 * eight + 64 * (i / 2));
+    return bits<vec>(i % 2 ? two & 0xffff0000u : two << 16);
   }
 };
-struct Q8_0 {  // scale, then a byte a weight
+struct Q8_0 {
   static constexpr int size = 32 + 512;
   const uint8_t* at;
-  vec scale = from_half(at);
-  vec operator()(int eight, int i) const { return scale * from_bytes(at + 32 + 128 * eight + 16 * i); }
+  vec scale;
+  Q8_0(const uint8_t* panel, int row)
+      : at(panel + row / GROUP * size + 32 + row % GROUP * 4), scale(from_half(at - 32 - row % GROUP * 2)) {}
+  vec operator()(int eight, int i) const {
+    return scale * floats(load<ivec>(at + 128 * eight + 64 * (i / 4)) << (24 - i % 4 * 8) >> 24);
+  }
 };
-struct Q4_1 {  // scale and least, then eight columns a 32-bit lane
+struct Q4_1 {
   static constexpr int size = 64 + 256;
   const uint8_t* at;
-  vec scale = from_half(at), least = from_half(at + 32);
-  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 64 + 64 * eight), i) + least; }
+  vec scale, least;
+  Q4_1(const uint8_t* panel, int row)
+      : at(panel + row / GROUP * size + 64 + row % GROUP * 4),
+        scale(from_half(at - 64 - row % GROUP * 2)), least(from_half(at - 32 - row % GROUP * 2)) {}
+  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 64 * eight), i) + least; }
 };
 struct Q4_0 {
   static constexpr int size = 32 + 256;
   const uint8_t* at;
-  vec scale = from_half(at), least = scale * -8.0f;
-  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 32 + 64 * eight), i) + least; }
+  vec scale, least;
+  Q4_0(const uint8_t* panel, int row)
+      : at(panel + row / GROUP * size + 32 + row % GROUP * 4), scale(from_half(at - 32 - row % GROUP * 2)),
+        least(scale * -8.0f) {}
+  vec operator()(int eight, int i) const { return scale * nibble(load<uvec>(at + 64 * eight), i) + least; }
 };
 
+template <class Format> constexpr int block_size() { return PANEL / GROUP * Format::size; }  // of a panel's block
 template <class Format> inline void prefetch(const uint8_t* panel) {
-  for (int line = 0; line < GROUPS * Format::size; line += 64) __builtin_prefetch(panel + AHEAD + line);
+  for (int line = 0; line < block_size<Format>(); line += 64) __builtin_prefetch(panel + AHEAD + line);
 }
 
-// WIDE groups of sums (ROWS, PANEL) += x times the transpose of a panel. x: (blocks, ROWS, BLOCK): offsets are constants.
-template <class Format, int ROWS> void multiply(const uint8_t* panel, const float* x, Index blocks, float* sums) {
+// sums (ROWS, PANEL), WIDE vectors of it, += x times the transpose of a panel's rows from `first` on.
+// x: (blocks, ROWS, BLOCK), so that offsets are constants.
+template <class Format, int ROWS>
+void multiply(const uint8_t* panel, int first, const float* x, Index blocks, float* sums) {
   vec sum[ROWS][WIDE];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
-    for (int g = 0; g < WIDE; ++g) sum[row][g] = load<vec>(sums + row * PANEL + g * LANES);
-  for (; blocks > 0; --blocks, panel += GROUPS * Format::size, x += ROWS * BLOCK) {
-    prefetch<Format>(panel);
-    const Format low{panel}, high{panel + (WIDE - 1) * Format::size};
+    for (int v = 0; v < WIDE; ++v) sum[row][v] = load<vec>(sums + row * PANEL + first + v * LANES);
+  for (; blocks > 0; --blocks, panel += block_size<Format>(), x += ROWS * BLOCK) {
+    if (first == 0) prefetch<Format>(panel);
+    const Format low(panel, first), high(panel, first + (WIDE - 1) * LANES);
 #pragma GCC unroll 1
     for (int eight = 0; eight < BLOCK / 8; ++eight)
 #pragma GCC unroll 8
@@ -126,37 +137,39 @@ template <class Format, int ROWS> void multiply(const uint8_t* panel, const floa
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
           const vec value = broadcast(x[row * BLOCK + eight * 8 + i]);
-          for (int g = 0; g < WIDE; ++g) sum[row][g] += value * w[g];
+          for (int v = 0; v < WIDE; ++v) sum[row][v] += value * w[v];
         }
       }
   }
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row)
-    for (int g = 0; g < WIDE; ++g) store(sums + row * PANEL + g * LANES, sum[row][g]);
+    for (int v = 0; v < WIDE; ++v) store(sums + row * PANEL + first + v * LANES, sum[row][v]);
 }
 
 template <class Format, int ROWS = TILE>
 void multiply_rows(int rows, const uint8_t* panel, const float* x, Index blocks, float* sums) {
   if constexpr (ROWS > 1)
     if (rows < ROWS) return multiply_rows<Format, ROWS - 1>(rows, panel, x, blocks, sums);
-  for (int g = 0; g < GROUPS; g += WIDE) multiply<Format, ROWS>(panel + g * Format::size, x, blocks, sums + g * LANES);
+  for (int first = 0; first < PANEL; first += WIDE * LANES) multiply<Format, ROWS>(panel, first, x, blocks, sums);
 }
 
+// Blocks of a panel as Float32.
 template <class Format> void unpack(const uint8_t* panel, Index blocks, float* to) {
-  for (; blocks > 0; --blocks) {
+  for (; blocks > 0; --blocks, panel += block_size<Format>(), to += PANEL * BLOCK) {
     prefetch<Format>(panel);
-    for (int g = 0; g < GROUPS; ++g, panel += Format::size) {
-      const Format block{panel};
+    for (int row = 0; row < PANEL; row += LANES) {
+      const Format block(panel, row);
+      float* column = to + row / GROUP * GROUP * BLOCK + row % GROUP;
       for (int eight = 0; eight < BLOCK / 8; ++eight)
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i, to += LANES) store(to, block(eight, i));
+        for (int i = 0; i < 8; ++i, column += GROUP) store(column, block(eight, i));
     }
   }
 }
 
 template <class Format> void embed(const uint8_t* panel, int row, Index blocks, float* out) {  // one row of a panel
-  for (panel += row / LANES * Format::size; blocks > 0; --blocks, panel += GROUPS * Format::size) {
-    const Format block{panel};
+  for (; blocks > 0; --blocks, panel += block_size<Format>()) {
+    const Format block(panel, row / LANES * LANES);
     for (int eight = 0; eight < BLOCK / 8; ++eight)
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) *out++ = block(eight, i)[row % LANES];
@@ -182,7 +195,7 @@ void panel_product(const uint8_t* panel, int rows, const float* x, Index blocks,
   if (rows <= TILE) return multiply_rows<Format>(rows, panel, x, blocks, sums);
   for (Index done = 0; done < blocks; done += CHUNK) {
     const Index some = std::min<Index>(CHUNK, blocks - done);
-    unpack<Format>(panel + done * GROUPS * Format::size, some, scratch);
+    unpack<Format>(panel + done * block_size<Format>(), some, scratch);
     for (int tile = 0; tile < tiles_of(rows); ++tile) {
       const int first = tile_start(rows, tile), count = tile_start(rows, tile + 1) - first;
       multiply_rows<Float32>(count, reinterpret_cast<uint8_t*>(scratch), x + (first * blocks + done * count) * BLOCK,
@@ -192,12 +205,12 @@ void panel_product(const uint8_t* panel, int rows, const float* x, Index blocks,
 }
 
 struct Kernels {
-  int size;
+  int block_size;
   void (*product)(const uint8_t*, int, const float*, Index, float*, float*);
   void (*embed)(const uint8_t*, int, Index, float*);
 };
 template <class Format> constexpr Kernels kernels_of() {
-  return {Format::size, panel_product<Format>, embed<Format>};
+  return {block_size<Format>(), panel_product<Format>, embed<Format>};
 }
 constexpr Kernels KERNELS[] = {kernels_of<Float32>(), kernels_of<BFloat16>(), kernels_of<Q8_0>(), kernels_of<Q4_1>(),
                                kernels_of<Q4_0>()};
@@ -221,7 +234,7 @@ inline Index panels_of(const Matrix& weight) { return padded(weight.rows) / PANE
 void product(const Worker& worker, Range panels, const Matrix& weight, int rows, float* out, Index stride,
              const float* bias = nullptr, bool add = false) {
   const Kernels& kernels = KERNELS[weight.format];
-  const Index blocks = padded(weight.columns) / BLOCK, size = blocks * GROUPS * kernels.size;
+  const Index blocks = padded(weight.columns) / BLOCK, size = blocks * kernels.block_size;
   for (Index panel = panels.begin; panel < panels.end; ++panel) {
     kernels.product(weight.data + panel * size, rows, worker.arranged, blocks, worker.sums, worker.scratch);
     const Index first = panel * PANEL, count = std::min<Index>(PANEL, weight.rows - first);

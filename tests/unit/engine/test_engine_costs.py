@@ -1,0 +1,43 @@
+"""What a forward costs by its width, with a clock that a fake model drives."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import MarkovModel
+
+from flashspec.engine.costs import CostTable, measure_costs
+
+
+class Slow(MarkovModel):
+    """A forward takes 10 s and 2 s a token, the first of each width ten times as long."""
+
+    now = 0.0
+
+    def forward(self, token_ids, positions, cache, bound, num_layers=None):  # type: ignore[no-untyped-def]
+        self.widths = [*getattr(self, "widths", []), token_ids.shape[1]]
+        cold = self.widths.count(token_ids.shape[1]) == 1
+        self.now += (10 + 2 * token_ids.shape[1]) * (10 if cold else 1)
+        return super().forward(token_ids, positions, cache, bound, num_layers)
+
+
+def test_the_clock_is_read_around_forwards_after_a_warm_up() -> None:
+    model = Slow(MarkovModel.random(4, seed=1).table)
+    table = measure_costs(model, widths=(1, 3, 6), clock=lambda: model.now)
+    assert table.seconds == {1: 12.0, 3: 16.0, 6: 22.0}
+    assert table.plain_seconds == 12.0
+    assert table.token_cost == pytest.approx(2 / 12)
+    assert table.estimate(1) == 12.0 and table.estimate(11) == pytest.approx(32.0)
+
+
+def test_the_median_take_counts() -> None:
+    model = MarkovModel.random(4, seed=1)
+    ticks = iter([0, 50, 0, 3, 0, 1, 0, 9, 0, 50, 0, 5, 0, 5, 0, 5])
+    assert measure_costs(model, widths=(1, 2), clock=lambda: next(ticks)).seconds == {1: 3, 2: 5}
+
+
+def test_a_slope_that_noise_turned_negative_is_a_small_cost() -> None:
+    assert CostTable({1: 1.0, 5: 0.9}).token_cost == 1e-3
+
+
+def test_a_context_smaller_than_the_widths_is_measured_too() -> None:
+    assert set(measure_costs(MarkovModel.random(4, seed=1, max_context=4)).seconds) == {1, 5, 9}

@@ -1,0 +1,88 @@
+"""Every field has a range, and an error that names the field, the value and what would be right."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from flashspec.config import BanditConfig, FlashSpecConfig, MetricsConfig, SamplingConfig, default_device, explain
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_the_documented_defaults() -> None:
+    sampling, bandit = SamplingConfig(), BanditConfig()
+    assert (sampling.gamma, sampling.temperature, sampling.top_p, sampling.variant) == (4, 1.0, 1.0, "rejection")
+    assert (bandit.window_size, bandit.ucb_exploration_constant) == (500, 1.0)
+    assert (bandit.thompson_prior_alpha, bandit.thompson_prior_beta, bandit.n_arms) == (1.0, 1.0, None)
+    assert FlashSpecConfig().device == default_device()
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "good"),
+    [
+        ("gamma", [0, -1, 65, 1.5], [1, 64]),
+        ("temperature", [-1, NAN, INF, "hot"], [0, 0.7, 5]),
+        ("top_k", [-2, 1.5], [-1, 0, 50]),
+        ("top_p", [0, -0.1, 1.1, NAN], [0.01, 1]),
+        ("min_p", [-0.1, 1.1, NAN], [0, 1]),
+        ("repetition_penalty", [0, -1, NAN, INF], [0.5, 1.3]),
+        ("presence_penalty", [-2.1, 2.1, NAN], [-2, 2]),
+        ("frequency_penalty", [-2.1, 2.1, NAN], [-2, 2]),
+        ("logit_bias", [{3: NAN}, {3: 1e5}, {"x": 1.0}], [{}, {3: -100.0}]),
+        ("min_tokens", [-1], [0, 10]),
+        ("stop", [("",), ("a", ""), "text"], [(), ("a", "b")]),
+        ("logprobs", [-1, 21], [None, 0, 20]),
+        ("seed", [-1, 2**63], [None, 0, 2**63 - 1]),
+        ("variant", ["exact"], ["rejection", "coupled", "typical"]),
+        ("typical_epsilon", [0, 1.1, NAN], [0.5]),
+        ("typical_delta", [0, 1.1, NAN], [0.5]),
+    ],
+)
+def test_sampling_ranges(field: str, bad: list, good: list) -> None:
+    for value in bad:
+        with pytest.raises(ValidationError) as caught:
+            SamplingConfig(**{field: value})
+        assert field in explain(caught.value)
+    for value in good:
+        assert getattr(SamplingConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (BanditConfig, {"strategy": "greedy"}),
+        (BanditConfig, {"n_arms": 0}),
+        (BanditConfig, {"window_size": -1}),
+        (BanditConfig, {"ucb_exploration_constant": NAN}),
+        (BanditConfig, {"thompson_prior_alpha": 0}),
+        (BanditConfig, {"thompson_prior_beta": -1}),
+        (MetricsConfig, {"latency_window": 0}),
+        (FlashSpecConfig, {"device": "tpu"}),
+        (FlashSpecConfig, {"dtype": "int3"}),
+        (FlashSpecConfig, {"max_new_tokens": 0}),
+        (FlashSpecConfig, {"sampling": {"temperature": -1}}),
+        (FlashSpecConfig, {"temprature": 1.0}),
+    ],
+)
+def test_other_ranges(kind: type, changes: dict) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind(**changes)
+    assert next(iter(changes)) in explain(caught.value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        SamplingConfig().gamma = 3  # type: ignore[misc]
+
+
+def test_an_explanation_is_one_sentence() -> None:
+    with pytest.raises(ValidationError) as caught:
+        FlashSpecConfig(sampling={"temperature": -1, "top_p": 0})
+    assert explain(caught.value) == (
+        "sampling.temperature is -1: input should be greater than or equal to 0; "
+        "sampling.top_p is 0: input should be greater than 0"
+    )
+    with pytest.raises(ValidationError) as caught:
+        FlashSpecConfig(device="tpu")
+    assert explain(caught.value).endswith("device is 'tpu'; it should be 'cpu', 'cuda' or 'cuda:N'")
