@@ -135,11 +135,18 @@ def test_a_drafter_set_aside_is_back_with_the_next_request() -> None:
     target = MarkovModel.random(6, seed=33)
     engine = engine_of(target, [Failing("propose")], ["failing:2", "plain"])
     with pytest.warns(RuntimeWarning, match="set aside"):
-        engine.generate([[1]], 5)
-    assert engine.selector.enabled == (1,)
+        records = engine.generate([[1]], 5).steps
+    assert {str(record.arm) for record in records} == {"plain"}
     records = engine.generate([[1]], 5).steps
-    assert engine.selector.enabled == (0, 1)
     assert "failing" in {record.arm.drafter for record in records}
+
+
+def test_an_arm_that_the_caller_disabled_stays_so() -> None:
+    target = MarkovModel.random(6, seed=33)
+    engine = engine_of(target, [Failing("propose")], ["failing:2", "plain"])
+    engine.selector.disable(0)
+    assert {str(record.arm) for record in engine.generate([[1]], 30).steps} == {"plain"}
+    assert engine.selector.enabled == (1,)
 
 
 def test_two_drafters_that_fail_are_told_apart() -> None:

@@ -12,7 +12,8 @@ from flashspec.bandit.base import DraftSelector, Rows
 from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
-MEMORY = 100  # steps after which evidence weighs 1/e; short enough to follow a text from prose into a list
+MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
+IDLE_MEMORY = 1000  # the same for steps that others took: with 100, a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 
@@ -77,8 +78,8 @@ class AutoSelector(DraftSelector):
     """Thompson sampling of tokens per step over measured seconds per step.
 
     arms: (drafter, length), length 0 being plain decoding, which emits exactly one token. seconds: a guess of each
-    arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades with the
-    rounds, so that an arm that was bad long ago is tried again.
+    arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades, slowly
+    while others are played, so that an arm that was bad long ago is tried again.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class AutoSelector(DraftSelector):
     def _learn(self, arm: int, accepted: int, drafted: int, rows: Rows | None, seconds: float | None) -> None:
         fade = 1 - 1 / min(MEMORY, self._window_size or MEMORY)
         drafter, length = self._arms[arm]
-        for survival in self._survival.values():
-            survival.fade(fade)
+        for other, survival in self._survival.items():
+            survival.fade(fade if other == drafter else 1 - 1 / IDLE_MEMORY)
         if length:
             for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
                 self._survival[drafter].record(length, row_accepted)

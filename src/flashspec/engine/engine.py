@@ -18,7 +18,7 @@ from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.prompts import Prompt, encode_prompts
 from flashspec.metrics import AcceptanceTracker, LatencyTracker, ThroughputTracker
 from flashspec.models.base import LanguageModel
-from flashspec.models.loading import LoadedModel, load_model
+from flashspec.models.loading import DEFAULT, LoadedModel, load_model
 from flashspec.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]
@@ -108,20 +108,23 @@ class SpeculativeEngine:
     @classmethod
     def from_pretrained(
         cls,
-        target: Any = "smollm2",
-        drafters: Sequence[Any] = DEFAULT_DRAFTERS,
+        target: Any = None,
+        drafters: Sequence[Any] | None = None,
         *,
         config: FlashSpecConfig | None = None,
         arms: Sequence[Arm | str] | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> SpeculativeEngine:
-        """The shortest way in: names, and the rest is found. settings are fields of FlashSpecConfig.
+        """The shortest way in: names, and the rest is found. settings are fields of FlashSpecConfig, whose target_name
+        and drafter_name stand in for target and drafters; without them it is the embedded model with DEFAULT_DRAFTERS.
 
         arms None: for the strategy `auto` plain decoding and every drafter at each of its usual lengths, for the
         others one arm a drafter at `sampling.gamma`. progress(what, fraction or None) hears of downloads."""
         config = config or FlashSpecConfig(**settings)
-        loaded = _load(target, config, progress)
+        loaded = _load(target or config.target_name or DEFAULT, config, progress)
+        if drafters is None:
+            drafters = [config.drafter_name] if config.drafter_name else DEFAULT_DRAFTERS
         made = [make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters]
         if arms is None and config.bandit.strategy == "auto":
             arms = default_arms(unique_names(made))

@@ -68,9 +68,12 @@ class Generation:
         with self.engine.turn:
             started = time.perf_counter()
             run = self._start()
-            with suppress(GeneratorExit):  # left between two steps: what was read until then is sound
-                yield from self._follow(run, started)
-            self._end(run)
+            try:
+                with suppress(GeneratorExit):  # left between two steps: what was read until then is sound
+                    yield from self._follow(run, started)
+                self._end(run)
+            finally:
+                run.close()
 
     def _follow(self, run: Run, started: float) -> Iterator[Chunk]:
         for output in run:
@@ -107,8 +110,6 @@ class Generation:
             engine.costs.token_cost,
             self.memory,
         )
-        for arm in range(engine.selector.n_arms):
-            engine.selector.enable(arm)
         return Run(state, engine.arms, engine.selector, engine.drafters, lag=int(model.device.type == "cuda"))
 
     def _end(self, run: Run) -> None:

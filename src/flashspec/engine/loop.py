@@ -99,6 +99,7 @@ class Run:
         self.clock = clock
         self.proposers: dict[str, Proposer] = {"": NoDraft()}
         self.broken: set[str] = set()
+        self._disabled: list[int] = []
         self.flights: deque[_Flight] = deque()
         self._landed = 0.0  # when the last flight did
 
@@ -136,7 +137,7 @@ class Run:
         return _Flight(arm_index, arm, outcome, started, list(state.active))
 
     def _choose(self) -> int | None:
-        if all(arm.drafter in self.broken for arm in self.arms):
+        if all(self.arms[index].drafter in self.broken for index in self.selector.enabled):
             return None
         return self.selector.select()
 
@@ -156,10 +157,16 @@ class Run:
             return
         warn(f"drafter {drafter!r} is set aside for this request: {reason}", RuntimeWarning, stacklevel=4)
         self.broken.add(drafter)
-        if not all(arm.drafter in self.broken for arm in self.arms):
+        if any(self.arms[index].drafter not in self.broken for index in self.selector.enabled):
             for index, arm in enumerate(self.arms):
-                if arm.drafter == drafter:
+                if arm.drafter == drafter and index in self.selector.enabled:
                     self.selector.disable(index)
+                    self._disabled.append(index)
+
+    def close(self) -> None:
+        """Give the selector back as it was: what failed here may work for the next request."""
+        for index in self._disabled:
+            self.selector.enable(index)
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
