@@ -175,13 +175,20 @@ def test_any_strides_give_the_same() -> None:
 
 @needs_triton
 def test_every_program_has_one_piece_of_one_row() -> None:
-    """The plan at both ends: one row spread over all multiprocessors, many rows in tiles of 16 KiB."""
-    one, many = fused.plan(1, 9, 128_256, 4, True, 132), fused.plan(32, 17, 151_936, 2, True, 132)
-    assert 132 <= 9 * one.n_tiles <= 528 and one.n_draws == 126 and one.lookahead == 1
-    assert many.tile == 8192 and many.draw_steps == 4 and many.lookahead < 32
+    """The plan at both ends: one row spread over all multiprocessors, many rows in long pieces."""
+    one, many = fused.plan(1, 9, 128_256, True, 132), fused.plan(32, 17, 151_936, True, 132)
+    assert one.steps == 1 and 132 <= 9 * one.n_tiles <= 528 and one.n_draws == 126 and one.lookahead == 1
+    assert many.steps > 1 and many.draw_steps > 1 and many.lookahead < 32
     for cut, vocab_size in ((one, 128_256), (many, 151_936)):
-        assert (cut.n_tiles - 1) * cut.tile < vocab_size <= cut.n_tiles * cut.tile
+        assert (cut.n_tiles - 1) * cut.steps * 4096 < vocab_size <= cut.n_tiles * cut.steps * 4096
         assert (cut.n_draws - 1) * cut.draw_steps * 1024 < vocab_size <= cut.n_draws * cut.draw_steps * 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_long_pieces_decide_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "plan", lambda *arguments: fused.Plan(2, 2, 3, 4 if variant == "rejection" else 1, 1))
+    assert_equals_twin(problem(3, 1, 10_001), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -38,6 +38,36 @@ def table(result: dict[str, Any]) -> Table:
     return found
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The same table for a README, one line a method and a column of tokens per second and speed-ups a prompt set."""
+    rows, versions = result["rows"], result["provenance"]["versions"]
+    sets = list(dict.fromkeys(row["prompts"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    cells = {(row["method"], row["prompts"]): row for row in rows}
+    lines = [
+        "| method | " + " | ".join(f"{name}: tokens/s, × transformers, × plain, same text" for name in sets) + " |",
+        "|---|" + "---|" * len(sets),
+    ]
+    for method in methods:
+        found = [cells[method, name] for name in sets]
+        lines.append(f"| {method} | " + " | ".join(map(_cell, found)) + " |")
+    hardware = result["provenance"]["hardware"]
+    place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
+    lines += [
+        "",
+        f"{result['settings']['target']}, {rows[0]['n']} prompts a set, {result['settings']['max_new_tokens']} new tokens, "
+        f"temperature {result['settings']['temperature']:g}; {place}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; {result['provenance']['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    speeds = [_number(row[name], "{:.2f}×") for name in ("speedup_vs_hf", "speedup_vs_plain")]
+    same = _number(row["same_text_as_hf_float32"], "{:.0%}")
+    return ", ".join(part for part in (f"{row['tokens_per_second']:.1f}", *speeds, same) if part)
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 

@@ -38,17 +38,19 @@ def _noise_words(seed, position, purpose, start):
 
 
 @triton.jit
-def _coupled_tile(logits_ptr, seed, position, temperature, start, vocab_size, TILE: tl.constexpr):
+def _coupled_tile(logits_ptr, seed, position, temperature, start, steps, vocab_size):
     """The largest logit plus noise of a tile and its token; +inf where a logit is NaN."""
     best = tl.full([4 * GROUPS], NEVER, tl.float32)
     place = tl.zeros([4 * GROUPS], tl.int32) + start
     heat = tl.maximum(temperature, MIN_HEAT)
-    for offset in range(0, TILE, 4 * GROUPS):
-        token = start + offset + tl.arange(0, 4 * GROUPS)
+    for step in range(steps * 4):  # a summary's step is 4,096 tokens
+        token = start + step * (4 * GROUPS) + tl.arange(0, 4 * GROUPS)
         logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
         score = logits
         if temperature != 0:
-            score = tl.div_rn(logits, heat) + _gumbel(_noise_words(seed, position, FOR_TOKEN, start + offset))
+            score = tl.div_rn(logits, heat) + _gumbel(
+                _noise_words(seed, position, FOR_TOKEN, start + step * (4 * GROUPS))
+            )
         score = tl.where(logits == logits, score, float("inf"))
         better = score > best
         best = tl.where(better, score, best)

@@ -12,7 +12,6 @@ of their ids, so one that waits never keeps what it waits for from running.
 from __future__ import annotations
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -26,13 +25,13 @@ from flashspec.kernels.reference_fused import ACCEPT
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
 FOR_ACCEPT = tl.constexpr(ACCEPT)
-RESIDENT = 8  # programs that share a multiprocessor
+TILE = tl.constexpr(4096)  # tokens a step: 16 KiB of float32 in flight for every program
+PIECES, MOST_STEPS = 10, 8
+RESIDENT = 5  # programs that share a multiprocessor
 
 
 @triton.jit(do_not_specialize=["n_words"])
-def _reset_kernel(state_ptr, n_words, EARLY: tl.constexpr, BLOCK: tl.constexpr):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+def _reset_kernel(state_ptr, n_words, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)  # [BLOCK]
     tl.store(state_ptr + index, tl.zeros([BLOCK], tl.int64), mask=index < n_words)
 
@@ -44,6 +43,40 @@ def _one(values, places, place):
 
 
 @triton.jit
+def _softmax_tile(logits_ptr, start, steps, vocab_size, scale, wants_token, LANES: tl.constexpr):
+    """Maximum, sum of exponentials (NaN where a logit is NaN or +inf) and, if wanted, the first best token of
+    steps * TILE tokens. Every lane keeps its own maximum and sum, so nothing waits for another thread in the loop, and
+    a step's logits are loaded while those before it are used."""
+    place = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    token = start + place  # [TILE // LANES, LANES]
+    tops = tl.full([LANES], NEVER, tl.float32)
+    totals = tl.zeros([LANES], tl.float32)
+    first = tl.zeros([LANES], tl.int32)
+    logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER)
+    for step in range(steps):
+        ahead = token + TILE
+        size = tl.where(step + 1 < steps, vocab_size, 0)
+        following = tl.load(logits_ptr + ahead, mask=ahead < size, other=NEVER)
+        values = logits.to(tl.float32)
+        highest = tl.maximum(tl.max(values, 0), tops)
+        base = tl.where(highest == NEVER, 0.0, highest)
+        totals = totals * tl.exp2((tops - base) * scale) + tl.sum(tl.exp2((values - base[None, :]) * scale), 0)
+        first = tl.where(highest > tops, step, first)
+        tops = highest
+        token = ahead
+        logits = following
+    top = tl.max(tops, 0)
+    base = tl.where(top == NEVER, 0.0, top)
+    total = tl.sum(totals * tl.exp2((tops - base) * scale), 0)
+    best = start
+    if wants_token:
+        token = start + first[None, :] * TILE + place
+        values = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
+        best = tl.min(tl.min(tl.where(values == top, token, vocab_size - 1), 1), 0)
+    return top, total, best
+
+
+@triton.jit
 def _summarise(
     target_ptr,
     draft_ptr,
@@ -52,6 +85,7 @@ def _summarise(
     top_ptr,
     sequence,
     start,
+    steps,
     gamma,
     draft_length,
     temperature,
@@ -63,8 +97,7 @@ def _summarise(
     draft_stride_position,
     VARIANT: tl.constexpr,
     SKIP: tl.constexpr,
-    EARLY: tl.constexpr,
-    TILE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """A tile's maximum, its sum of exponentials over that, its best token. Sequences: γ + 1 of the target, γ drafted.
     SKIP leaves out what no verdict can need: it costs a load ahead of the logits', and pays for ragged batches."""
@@ -76,24 +109,15 @@ def _summarise(
     if needed:
         if VARIANT == "coupled":
             logits_ptr = target_ptr + position.to(tl.int64) * target_stride_position
-            top, best = _coupled_tile(logits_ptr, seed, length + position, temperature, start, vocab_size, TILE)
+            top, best = _coupled_tile(logits_ptr, seed, length + position, temperature, start, steps, vocab_size)
             total = 1.0
         else:
-            token = start + tl.arange(0, TILE)  # [TILE]
             if is_draft:
                 draft_ptr += position.to(tl.int64) * draft_stride_position
-                logits = tl.load(draft_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
+                top, total, best = _softmax_tile(draft_ptr, start, steps, vocab_size, LOG2E, False, LANES)
             else:
                 target_ptr += position.to(tl.int64) * target_stride_position
-                logits = tl.load(target_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
-            top = tl.max(logits, 0)
-            base = tl.where(top == NEVER, 0.0, top)
-            total = tl.sum(tl.exp2((logits - base) * tl.where(is_draft, LOG2E, scale)), 0)  # NaN stays NaN
-            best = start
-            if temperature == 0:
-                best = tl.min(tl.where(logits == top, token, vocab_size - 1), 0)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
+                top, total, best = _softmax_tile(target_ptr, start, steps, vocab_size, scale, temperature == 0, LANES)
         tl.store(maximum_ptr, top)
         tl.store(sum_ptr, total)
         tl.store(top_ptr, best)
@@ -124,7 +148,7 @@ def _combine(
     return top, total, best
 
 
-@triton.jit(do_not_specialize=["batch_size", "gamma", "n_tiles", "n_draws", "draw_steps", "lookahead"])
+@triton.jit(do_not_specialize=["batch_size", "gamma", "steps", "n_tiles", "n_draws", "draw_steps", "lookahead"])
 def _verify_kernel(
     target_ptr,
     draft_ptr,
@@ -147,6 +171,7 @@ def _verify_kernel(
     target_stride_position,
     draft_stride_row,
     draft_stride_position,
+    steps,
     n_tiles,
     n_draws,
     draw_steps,
@@ -154,10 +179,9 @@ def _verify_kernel(
     VARIANT: tl.constexpr,
     HAS_DRAFT: tl.constexpr,
     SKIP: tl.constexpr,
-    EARLY: tl.constexpr,
     POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     sequences = gamma + 1
     if HAS_DRAFT:
@@ -184,7 +208,8 @@ def _verify_kernel(
             sums_ptr + row * n_summaries + item,
             tops_ptr + row * n_summaries + item,
             item // n_tiles,
-            (item % n_tiles) * TILE,
+            (item % n_tiles) * steps * TILE,
+            steps,
             gamma,
             draft_length,
             temperature,
@@ -196,11 +221,8 @@ def _verify_kernel(
             draft_stride_position,
             VARIANT,
             SKIP,
-            EARLY,
-            TILE,
+            LANES,
         )
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
         tl.debug_barrier()
         tl.atomic_add(state_ptr, tl.full([], 1, tl.int64), sem="release")
     else:
@@ -219,8 +241,6 @@ def _verify_kernel(
             if HAS_DRAFT:
                 place = position.to(tl.int64) * draft_stride_position + token
                 drafted = tl.load(draft_ptr + place, mask=known, other=0.0).to(tl.float32)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
         while tl.atomic_add(state_ptr, tl.full([], 0, tl.int64), sem="acquire") < n_summaries:
             pass
 
@@ -300,35 +320,29 @@ def _assignment(batch_size, n_summaries, n_draws, lookahead):
 
 
 class Plan(NamedTuple):
-    """How the work is cut. A tile is summarised by one program; a drawing program takes draw_steps * 1,024 tokens."""
+    """How the work is cut: a summary takes steps * 4,096 tokens, a draw draw_steps * 1,024."""
 
-    tile: int
+    steps: int
     n_tiles: int
     draw_steps: int
     n_draws: int
     lookahead: int
 
 
-def plan(batch_size: int, sequences: int, vocab_size: int, itemsize: int, draws: bool, processors: int) -> Plan:
-    """Small batches: enough programs for every multiprocessor; large ones: tiles of 16 KiB."""
-    largest = 16384 // itemsize
-    tile = STEP
-    while tile < largest and batch_size * sequences * triton.cdiv(vocab_size, tile) > 4 * processors:
-        tile *= 2
-    n_tiles = triton.cdiv(vocab_size, tile)
-    draw_steps = min(max(batch_size * vocab_size // (4 * processors * STEP), 1), 4)
+def plan(batch_size: int, sequences: int, vocab_size: int, draws: bool, processors: int) -> Plan:
+    """Long pieces, as they cost least a token, but at least PIECES of them for every multiprocessor."""
+    tiles = batch_size * sequences * triton.cdiv(vocab_size, TILE.value)
+    steps = min(max(tiles // (PIECES * processors), 1), MOST_STEPS)
+    n_tiles = triton.cdiv(vocab_size, steps * TILE.value)
+    draw_steps = min(max(batch_size * vocab_size // (4 * processors * STEP), 1), MOST_STEPS)
     n_draws = triton.cdiv(vocab_size, draw_steps * STEP) if draws else 1
     lookahead = min(batch_size, triton.cdiv(RESIDENT * processors, sequences * n_tiles))
-    return Plan(tile, n_tiles, draw_steps, n_draws, lookahead)
+    return Plan(steps, n_tiles, draw_steps, n_draws, lookahead)
 
 
 @functools.cache
-def _device(index: int | None) -> tuple[int, bool]:
-    """Multiprocessors, and whether a kernel may start before the one ahead of it ends (Hopper and later)."""
-    if index is None or os.environ.get("TRITON_INTERPRET") == "1":
-        return 4, False
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.major >= 9
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def verify_logits(
@@ -349,15 +363,14 @@ def verify_logits(
         return num_accepted, next_token, failed
     has_draft = draft_weights is not None and gamma > 0 and variant == "rejection"
     sequences = positions + (gamma if has_draft else 0)
-    processors, early = _device(device.index)
-    cut = plan(batch_size, sequences, vocab_size, target_logits.itemsize, variant == "rejection", processors)
+    cut = plan(batch_size, sequences, vocab_size, variant == "rejection", _processors(device))
     target = _rows_together(target_logits)
     draft = _rows_together(draft_weights) if has_draft and draft_weights is not None else target
     maxima = torch.empty(batch_size * sequences * cut.n_tiles, dtype=torch.float32, device=device)
     sums, tops = torch.empty_like(maxima), torch.empty_like(maxima, dtype=torch.int32)
     state = torch.empty(batch_size, 4, dtype=torch.int64, device=device)
     with torch.cuda.device_of(target):
-        _reset_kernel[(1,)](state, 4 * batch_size, EARLY=early, BLOCK=triton.next_power_of_2(4 * batch_size))
+        _reset_kernel[(1,)](state, 4 * batch_size, BLOCK=triton.next_power_of_2(4 * batch_size))
         _verify_kernel[(batch_size * (sequences * cut.n_tiles + cut.n_draws),)](
             target,
             draft,
@@ -380,6 +393,7 @@ def verify_logits(
             target.stride(1),
             draft.stride(0),
             draft.stride(1),
+            cut.steps,
             cut.n_tiles,
             cut.n_draws,
             cut.draw_steps,
@@ -387,12 +401,10 @@ def verify_logits(
             VARIANT=variant,
             HAS_DRAFT=has_draft,
             SKIP=batch_size > 4,
-            EARLY=early,
             POSITIONS=triton.next_power_of_2(positions),
-            WIDTH=max(min(64, 1024 // triton.next_power_of_2(positions)), 1),
-            TILE=cut.tile,
+            WIDTH=8 if cut.n_tiles <= 8 else max(min(64, 1024 // triton.next_power_of_2(positions)), 8),
+            LANES=2048 // target.itemsize,
             num_warps=4,
-            **({"launch_pdl": True} if early else {}),
         )
     return num_accepted, next_token, failed
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -115,6 +116,7 @@ struct Q4_0 {
 
 template <class Format> constexpr int block_size() { return PANEL / GROUP * Format::size; }  // of a panel's block
 template <class Format> inline void prefetch(const uint8_t* panel) {
+  if (std::is_same_v<Format, Float32>) return;  // the hardware keeps up, and what was unpacked is in L1
   for (int line = 0; line < block_size<Format>(); line += 64) __builtin_prefetch(panel + AHEAD + line);
 }
 
