@@ -78,14 +78,15 @@ def assert_equals_twin(arguments: dict[str, Any], variant: str) -> tuple[Tensor,
 
 
 @needs_triton
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "one_hot"), [("rejection", False), ("rejection", True), ("coupled", True), ("greedy", True)]
+)
 @pytest.mark.parametrize(
     ("batch_size", "gamma", "vocab_size", "dtype"),
     [
-        (12, 1, 100, torch.float32),
-        (6, 5, 100, torch.bfloat16),
-        (2, 16, 100, torch.float16),
+        (8, 1, 100, torch.float32),
+        (4, 5, 100, torch.bfloat16),
+        (1, 16, 100, torch.float16),
         (3, 2, 1025, torch.float32),
         (2, 2, 8193, torch.float32),
         (1, 2, 10_000, torch.bfloat16),
@@ -102,8 +103,8 @@ def test_kernel_equals_its_twin(
 @needs_triton
 @pytest.mark.parametrize("vocab_size", [32_000, 128_256, 151_936])
 def test_kernel_equals_its_twin_on_real_vocabularies(vocab_size: int) -> None:
-    for variant in VARIANTS:
-        assert_equals_twin(problem(1, 2, vocab_size), variant)
+    for variant in VARIANTS if DEVICE == "cuda" else ["greedy"]:  # interpreted, a draw takes 10 s here
+        assert_equals_twin(problem(1, 1, vocab_size), variant)
 
 
 @needs_triton

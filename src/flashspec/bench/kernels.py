@@ -60,7 +60,7 @@ Timer = Callable[[Callable[[int], Any]], tuple[float, float]]
 
 def microseconds(call: Callable[[int], Any], replays: int, calls: int) -> tuple[float, float]:
     """(microseconds, spread) of call(i), captured for i in 0..calls - 1."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -77,13 +77,17 @@ def microseconds(call: Callable[[int], Any], replays: int, calls: int) -> tuple[
 
 
 def _median_replay(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
-    for start, end in events:
+    starts, ends = ([_timed_event() for _ in range(replays)] for _ in range(2))
+    for start, end in zip(starts, ends, strict=True):
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in events) * 1e3
+    return 1e3 * median(float(start.elapsed_time(end)) for start, end in zip(starts, ends, strict=True))
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def copy_bandwidth(device: str, time: Timer) -> float:

@@ -19,15 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashspec.kernels.draw import LOG2E, MIN_HEAT, NEVER, STEP, _coupled_tile, _draw
+from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
+from flashspec.kernels.summary import TILE, _combine, _summarise
 
-LARGEST = tl.constexpr(0x7FFFFFFF)
 FOR_ACCEPT = tl.constexpr(ACCEPT)
-TILE = tl.constexpr(4096)  # tokens a step: 16 KiB of float32 in flight for every program
-PIECES, MOST_STEPS = 10, 8
-RESIDENT = 5  # programs that share a multiprocessor
+PIECES, MOST_STEPS = 6, 8  # swept on an H200 at B = 32: 4 and 16 steps are up to a quarter slower
+RESIDENT = 4  # programs that share a multiprocessor
 
 
 @triton.jit(do_not_specialize=["n_words"])
@@ -43,49 +42,19 @@ def _one(values, places, place):
 
 
 @triton.jit
-def _softmax_tile(logits_ptr, start, steps, vocab_size, scale, wants_token, LANES: tl.constexpr):
-    """Maximum, sum of exponentials (NaN where a logit is NaN or +inf) and, if wanted, the first best token of
-    steps * TILE tokens. Every lane keeps its own maximum and sum, so nothing waits for another thread in the loop, and
-    a step's logits are loaded while those before it are used."""
-    place = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    token = start + place  # [TILE // LANES, LANES]
-    tops = tl.full([LANES], NEVER, tl.float32)
-    totals = tl.zeros([LANES], tl.float32)
-    first = tl.zeros([LANES], tl.int32)
-    logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER)
-    for step in range(steps):
-        ahead = token + TILE
-        size = tl.where(step + 1 < steps, vocab_size, 0)
-        following = tl.load(logits_ptr + ahead, mask=ahead < size, other=NEVER)
-        values = logits.to(tl.float32)
-        highest = tl.maximum(tl.max(values, 0), tops)
-        base = tl.where(highest == NEVER, 0.0, highest)
-        totals = totals * tl.exp2((tops - base) * scale) + tl.sum(tl.exp2((values - base[None, :]) * scale), 0)
-        first = tl.where(highest > tops, step, first)
-        tops = highest
-        token = ahead
-        logits = following
-    top = tl.max(tops, 0)
-    base = tl.where(top == NEVER, 0.0, top)
-    total = tl.sum(totals * tl.exp2((tops - base) * scale), 0)
-    best = start
-    if wants_token:
-        token = start + first[None, :] * TILE + place
-        values = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
-        best = tl.min(tl.min(tl.where(values == top, token, vocab_size - 1), 1), 0)
-    return top, total, best
-
-
-@triton.jit
-def _summarise(
+def _finish(
     target_ptr,
     draft_ptr,
-    maximum_ptr,
-    sum_ptr,
-    top_ptr,
-    sequence,
-    start,
-    steps,
+    token_ids_ptr,
+    maxima_ptr,
+    sums_ptr,
+    tops_ptr,
+    state_ptr,
+    num_accepted_ptr,
+    next_token_ptr,
+    failed_ptr,
+    row,
+    item,
     gamma,
     draft_length,
     temperature,
@@ -95,57 +64,86 @@ def _summarise(
     vocab_size,
     target_stride_position,
     draft_stride_position,
+    sequences,
+    n_tiles,
+    n_draws,
+    draw_steps,
     VARIANT: tl.constexpr,
-    SKIP: tl.constexpr,
-    LANES: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """A tile's maximum, its sum of exponentials over that, its best token. Sequences: γ + 1 of the target, γ drafted.
-    SKIP leaves out what no verdict can need: it costs a load ahead of the logits', and pays for ragged batches."""
-    is_draft = sequence > gamma
-    position = tl.where(is_draft, sequence - gamma - 1, sequence)
-    needed = True
-    if SKIP:
-        needed = position < tl.where(is_draft, tl.where(temperature == 0, 0, draft_length), draft_length + 1)
-    if needed:
-        if VARIANT == "coupled":
-            logits_ptr = target_ptr + position.to(tl.int64) * target_stride_position
-            top, best = _coupled_tile(logits_ptr, seed, length + position, temperature, start, steps, vocab_size)
-            total = 1.0
-        else:
-            if is_draft:
-                draft_ptr += position.to(tl.int64) * draft_stride_position
-                top, total, best = _softmax_tile(draft_ptr, start, steps, vocab_size, LOG2E, False, LANES)
-            else:
-                target_ptr += position.to(tl.int64) * target_stride_position
-                top, total, best = _softmax_tile(target_ptr, start, steps, vocab_size, scale, temperature == 0, LANES)
-        tl.store(maximum_ptr, top)
-        tl.store(sum_ptr, total)
-        tl.store(top_ptr, best)
+    """Waits for a row's summaries, decides it, and makes one slice of its draw."""
+    position = tl.arange(0, POSITIONS)  # [POSITIONS]
+    token = tl.load(token_ids_ptr + position, mask=position < gamma, other=-1)
+    known = (token >= 0) & (token < vocab_size)
+    if VARIANT == "rejection":
+        place = position.to(tl.int64) * target_stride_position + token
+        chosen = tl.load(target_ptr + place, mask=known, other=0.0).to(tl.float32)
+        words, _word1, _word2, _word3 = _random_words(
+            seed, length + position, tl.full([], FOR_ACCEPT, tl.int32), tl.zeros([POSITIONS], tl.int32)
+        )
+        log_u = tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
+        drafted = tl.zeros([POSITIONS], tl.float32)
+        if HAS_DRAFT:
+            place = position.to(tl.int64) * draft_stride_position + token
+            drafted = tl.load(draft_ptr + place, mask=known, other=0.0).to(tl.float32)
+    while tl.atomic_add(state_ptr, tl.full([], 0, tl.int64), sem="acquire") < sequences * n_tiles:
+        pass
 
+    present = position <= draft_length
+    top, total, best = _combine(
+        maxima_ptr, sums_ptr, tops_ptr, row * sequences + position, present, n_tiles, scale, POSITIONS, WIDTH
+    )
+    finite = tl.abs(top) < float("inf")
+    if VARIANT != "coupled":
+        finite &= total == total
+    passed = token == best
+    draft_top = tl.zeros([POSITIONS], tl.float32)
+    draft_total = draft_top + 1.0
+    if VARIANT == "rejection":  # noqa: SIM102
+        if temperature != 0:
+            heat = tl.maximum(temperature, MIN_HEAT)
+            log_ratio = tl.div_rn(chosen, heat) - tl.div_rn(top, heat) - tl.log(total)
+            if HAS_DRAFT:
+                within = position < draft_length
+                first = row * sequences + gamma + 1 + position
+                draft_top, draft_total, _best = _combine(
+                    maxima_ptr, sums_ptr, tops_ptr, first, within, n_tiles, LOG2E, POSITIONS, WIDTH
+                )
+                log_ratio -= drafted - draft_top - tl.log(draft_total)
+            passed = log_u < log_ratio
+    passed &= known & finite & (position < draft_length)
+    num_accepted = tl.min(tl.where(passed, POSITIONS, position), 0)
+    if item == 0:
+        tl.store(num_accepted_ptr, num_accepted.to(tl.int64))
+        tl.store(failed_ptr, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
 
-@triton.jit
-def _combine(
-    maxima_ptr, sums_ptr, tops_ptr, first, present, n_tiles, scale, POSITIONS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Maximum, sum of exponentials and best token of every position [POSITIONS] from those of its tiles, WIDTH at a
-    time: all at once would be 236 registers at γ = 16. Sums stay NaN."""
-    top = tl.full([POSITIONS], NEVER, tl.float32)
-    total = tl.zeros([POSITIONS], tl.float32)
-    best = tl.zeros([POSITIONS], tl.int32)
-    for start in range(0, n_tiles, WIDTH):
-        tile = start + tl.arange(0, WIDTH)[None, :]
-        mask = present[:, None] & (tile < n_tiles)
-        index = first[:, None] * n_tiles + tile  # [POSITIONS, WIDTH]
-        maxima = tl.load(maxima_ptr + index, mask=mask, other=NEVER, cache_modifier=".cg")
-        sums = tl.load(sums_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-        tops = tl.load(tops_ptr + index, mask=mask, other=0, cache_modifier=".cg")
-        here = tl.maximum(tl.max(maxima, 1), top)
-        base = tl.where(here == NEVER, 0.0, here)
-        total = total * tl.exp2((top - base) * scale) + tl.sum(sums * tl.exp2((maxima - base[:, None]) * scale), 1)
-        found = tl.min(tl.where((maxima == here[:, None]) & mask, tops, LARGEST), 1)
-        best = tl.where(here > top, found, best)
-        top = here
-    return top, total, best
+    if (VARIANT == "coupled") | (temperature == 0):
+        if item == 0:
+            tl.store(next_token_ptr, _one(best, position, num_accepted).to(tl.int64))
+    else:
+        rejected = num_accepted < draft_length
+        _draw(
+            target_ptr + num_accepted.to(tl.int64) * target_stride_position,
+            draft_ptr + num_accepted.to(tl.int64) * draft_stride_position,
+            next_token_ptr,
+            state_ptr,
+            _one(top, position, num_accepted),
+            tl.log2(_one(total, position, num_accepted)),
+            scale,
+            _one(draft_top, position, num_accepted),
+            tl.log2(_one(draft_total, position, num_accepted)),
+            _one(token, position, num_accepted),
+            rejected,
+            seed,
+            length + num_accepted,
+            item * draw_steps,
+            draw_steps,
+            n_draws,
+            vocab_size,
+            HAS_DRAFT,
+        )
 
 
 @triton.jit(do_not_specialize=["batch_size", "gamma", "steps", "n_tiles", "n_draws", "draw_steps", "lookahead"])
@@ -226,77 +224,37 @@ def _verify_kernel(
         tl.debug_barrier()
         tl.atomic_add(state_ptr, tl.full([], 1, tl.int64), sem="release")
     else:
-        item -= n_summaries
-        position = tl.arange(0, POSITIONS)  # [POSITIONS]
-        token = tl.load(token_ids_ptr + position, mask=position < gamma, other=-1)
-        known = (token >= 0) & (token < vocab_size)
-        if VARIANT == "rejection":
-            place = position.to(tl.int64) * target_stride_position + token
-            chosen = tl.load(target_ptr + place, mask=known, other=0.0).to(tl.float32)
-            words, _word1, _word2, _word3 = _random_words(
-                seed, length + position, tl.full([], FOR_ACCEPT, tl.int32), tl.zeros([POSITIONS], tl.int32)
-            )
-            log_u = tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
-            drafted = tl.zeros([POSITIONS], tl.float32)
-            if HAS_DRAFT:
-                place = position.to(tl.int64) * draft_stride_position + token
-                drafted = tl.load(draft_ptr + place, mask=known, other=0.0).to(tl.float32)
-        while tl.atomic_add(state_ptr, tl.full([], 0, tl.int64), sem="acquire") < n_summaries:
-            pass
-
-        present = position <= draft_length
-        top, total, best = _combine(
-            maxima_ptr, sums_ptr, tops_ptr, row * sequences + position, present, n_tiles, scale, POSITIONS, WIDTH
+        _finish(
+            target_ptr,
+            draft_ptr,
+            token_ids_ptr,
+            maxima_ptr,
+            sums_ptr,
+            tops_ptr,
+            state_ptr,
+            num_accepted_ptr + row,
+            next_token_ptr + row,
+            failed_ptr + row,
+            row,
+            item - n_summaries,
+            gamma,
+            draft_length,
+            temperature,
+            scale,
+            seed,
+            length,
+            vocab_size,
+            target_stride_position,
+            draft_stride_position,
+            sequences,
+            n_tiles,
+            n_draws,
+            draw_steps,
+            VARIANT,
+            HAS_DRAFT,
+            POSITIONS,
+            WIDTH,
         )
-        finite = tl.abs(top) < float("inf")
-        if VARIANT != "coupled":
-            finite &= total == total
-        passed = token == best
-        draft_top = tl.zeros([POSITIONS], tl.float32)
-        draft_total = draft_top + 1.0
-        if VARIANT == "rejection":  # noqa: SIM102
-            if temperature != 0:
-                heat = tl.maximum(temperature, MIN_HEAT)
-                log_ratio = tl.div_rn(chosen, heat) - tl.div_rn(top, heat) - tl.log(total)
-                if HAS_DRAFT:
-                    within = position < draft_length
-                    first = row * sequences + gamma + 1 + position
-                    draft_top, draft_total, _best = _combine(
-                        maxima_ptr, sums_ptr, tops_ptr, first, within, n_tiles, LOG2E, POSITIONS, WIDTH
-                    )
-                    log_ratio -= drafted - draft_top - tl.log(draft_total)
-                passed = log_u < log_ratio
-        passed &= known & finite & (position < draft_length)
-        num_accepted = tl.min(tl.where(passed, POSITIONS, position), 0)
-        if item == 0:
-            tl.store(num_accepted_ptr + row, num_accepted.to(tl.int64))
-            tl.store(failed_ptr + row, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
-
-        if (VARIANT == "coupled") | (temperature == 0):
-            if item == 0:
-                tl.store(next_token_ptr + row, _one(best, position, num_accepted).to(tl.int64))
-        else:
-            rejected = num_accepted < draft_length
-            _draw(
-                target_ptr + num_accepted.to(tl.int64) * target_stride_position,
-                draft_ptr + num_accepted.to(tl.int64) * draft_stride_position,
-                next_token_ptr + row,
-                state_ptr,
-                _one(top, position, num_accepted),
-                tl.log2(_one(total, position, num_accepted)),
-                scale,
-                _one(draft_top, position, num_accepted),
-                tl.log2(_one(draft_total, position, num_accepted)),
-                _one(token, position, num_accepted),
-                rejected,
-                seed,
-                length + num_accepted,
-                item * draw_steps,
-                draw_steps,
-                n_draws,
-                vocab_size,
-                HAS_DRAFT,
-            )
 
 
 @triton.jit
@@ -334,7 +292,7 @@ def plan(batch_size: int, sequences: int, vocab_size: int, draws: bool, processo
     tiles = batch_size * sequences * triton.cdiv(vocab_size, TILE.value)
     steps = min(max(tiles // (PIECES * processors), 1), MOST_STEPS)
     n_tiles = triton.cdiv(vocab_size, steps * TILE.value)
-    draw_steps = min(max(batch_size * vocab_size // (4 * processors * STEP), 1), MOST_STEPS)
+    draw_steps = min(max(batch_size * vocab_size // (processors * STEP), 1), MOST_STEPS)
     n_draws = triton.cdiv(vocab_size, draw_steps * STEP) if draws else 1
     lookahead = min(batch_size, triton.cdiv(RESIDENT * processors, sequences * n_tiles))
     return Plan(steps, n_tiles, draw_steps, n_draws, lookahead)
@@ -402,9 +360,9 @@ def verify_logits(
             HAS_DRAFT=has_draft,
             SKIP=batch_size > 4,
             POSITIONS=triton.next_power_of_2(positions),
-            WIDTH=8 if cut.n_tiles <= 8 else max(min(64, 1024 // triton.next_power_of_2(positions)), 8),
-            LANES=2048 // target.itemsize,
-            num_warps=4,
+            WIDTH=max(min(triton.next_power_of_2(cut.n_tiles), 1024 // triton.next_power_of_2(positions)), 8),
+            LANES=4096 // target.itemsize,
+            num_warps=8,
         )
     return num_accepted, next_token, failed
 

@@ -121,16 +121,14 @@ template <class Format> inline void prefetch(const uint8_t* panel) {
 }
 
 // sums (ROWS, PANEL), WIDE vectors of it, += x times the transpose of a panel's rows from `first` on.
-// x: (blocks, ROWS, BLOCK), so that offsets are constants.
+// x: (blocks, ROWS, BLOCK), so that offsets are constants. A block is summed on its own first: one long chain of additions
+// left SmolLM2's logits 1.8e-4 from transformers', against 0.7e-4 between transformers and float64.
 template <class Format, int ROWS>
 void multiply(const uint8_t* panel, int first, const float* x, Index blocks, float* sums) {
-  vec sum[ROWS][WIDE];
-#pragma GCC unroll 16
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < WIDE; ++v) sum[row][v] = load<vec>(sums + row * PANEL + first + v * LANES);
   for (; blocks > 0; --blocks, panel += block_size<Format>(), x += ROWS * BLOCK) {
     if (first == 0) prefetch<Format>(panel);
     const Format low(panel, first), high(panel, first + (WIDE - 1) * LANES);
+    vec sum[ROWS][WIDE] = {};
 #pragma GCC unroll 1
     for (int eight = 0; eight < BLOCK / 8; ++eight)
 #pragma GCC unroll 8
@@ -142,10 +140,13 @@ void multiply(const uint8_t* panel, int first, const float* x, Index blocks, flo
           for (int v = 0; v < WIDE; ++v) sum[row][v] += value * w[v];
         }
       }
-  }
 #pragma GCC unroll 16
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < WIDE; ++v) store(sums + row * PANEL + first + v * LANES, sum[row][v]);
+    for (int row = 0; row < ROWS; ++row)
+      for (int v = 0; v < WIDE; ++v) {
+        float* const at = sums + row * PANEL + first + v * LANES;
+        store(at, load<vec>(at) + sum[row][v]);
+      }
+  }
 }
 
 template <class Format, int ROWS = TILE>
