@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/flashspec generate --compare "Write a Python function that checks whether a word is a palindrome, then explain it."
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

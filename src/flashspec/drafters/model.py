@@ -28,7 +28,9 @@ class ModelDrafter(Drafter):
         """ValueError unless the two vocabularies are of one size."""
         size, wanted = self.model.vocab_size, target.vocab_size
         if size != wanted:
-            raise ValueError(f"drafter {self.name!r} has {size} tokens and the target {wanted}: they need the same ones")
+            raise ValueError(
+                f"drafter {self.name!r} has {size} tokens and the target {wanted}: they need the same ones"
+            )
 
 
 class ModelProposer(Proposer):

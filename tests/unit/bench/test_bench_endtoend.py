@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fakes import MarkovModel
+from small_models import llama
+
 from flashspec.bench import endtoend, methods
 from flashspec.bench.endtoend import summarise
 from flashspec.bench.methods import Setup, Take, make_method
 from flashspec.bench.report import table
 from flashspec.core import PLAIN, Arm, FlashSpecError, RowStep, StepRecord
 from flashspec.models.loading import LoadedModel
-from small_models import llama
 
 
 def take(tokens: int, seconds: float, steps: int = 0) -> Take:
