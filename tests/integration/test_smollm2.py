@@ -1,7 +1,7 @@
 """The default model, SmolLM2-135M-Instruct, writes what transformers writes with the same weights.
 
 Measured in float32 on a CPU, where logits reach 44: the decoder in PyTorch is at 0.0 from transformers, the native
-kernel at 1.8e-4; from float64 they are 7e-5 and 2.1e-4 off. Fetches the model once, where the cache does not hold it.
+kernel at 1.0e-4. Fetches the model once, where the cache does not hold it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_logits_are_those_of_transformers(smollm2: SmolLM2) -> None:
     tensors = StateDict(smollm2.reference.state_dict())
     decoder = Decoder(config, decoder_weights(config, tensors, torch.device("cpu"), torch.float32))
     expected = their_logits(smollm2.reference, text)
-    for model, bound in ((decoder, 1e-4), (smollm2.loaded.model, 1e-3)):
+    for model, bound in ((decoder, 1e-4), (smollm2.loaded.model, 2e-4)):
         difference = (our_logits(model, text) - expected).abs().max().item()
         print(f"{type(model).__name__}: {len(text)} x {model.vocab_size} logits differ by at most {difference:.2g}")
         assert difference < bound

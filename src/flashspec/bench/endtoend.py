@@ -34,6 +34,7 @@ def run(
     plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's figures are
     medians over its prompts, speed-ups medians of per-prompt ratios. speedup_vs_hf is over the faster dtype of
     transformers' plain generate; null where the other side of a ratio was not among the methods."""
+    origin = provenance(device)  # now, not when the files may have changed
     setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature, progress)
     sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
     made = {name: make_method(name, setup) for name in methods}
@@ -48,7 +49,7 @@ def run(
         "hf_lookup": "prompt_lookup_num_tokens=5, float32",
         "hf_assisted": "transformers' default assistant schedule, float32",
     }
-    result = {"provenance": provenance(device), "settings": settings, "rows": rows}
+    result = {"provenance": origin, "settings": settings, "rows": rows}
     if output is not None:
         write_json(result, output)
         draw(result, output.with_suffix(".png"))

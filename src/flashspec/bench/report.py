@@ -40,7 +40,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def markdown(result: dict[str, Any]) -> str:
     """The same table for a README, one line a method and a column of tokens per second and speed-ups a prompt set."""
-    rows, versions = result["rows"], result["provenance"]["versions"]
+    rows, settings, versions = result["rows"], result["settings"], result["provenance"]["versions"]
     sets = list(dict.fromkeys(row["prompts"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["prompts"]): row for row in rows}
@@ -55,8 +55,8 @@ def markdown(result: dict[str, Any]) -> str:
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
     lines += [
         "",
-        f"{result['settings']['target']}, {rows[0]['n']} prompts a set, {result['settings']['max_new_tokens']} new tokens, "
-        f"temperature {result['settings']['temperature']:g}; {place}; torch {versions['torch']}, "
+        f"{settings['target']}, {rows[0]['n']} prompts a set, {settings['max_new_tokens']} new tokens, "
+        f"temperature {settings['temperature']:g}; {place}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}; {result['provenance']['date'][:10]}.",
     ]
     return "\n".join(lines)
@@ -95,6 +95,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens per second (median over prompts)")
     axes.set_title(result["settings"]["target"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
