@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 PROMPT = "Write a Python function that checks whether a word is a palindrome, then explain it."
-COMMAND = ["flashspec", "generate", "--compare", "--max-new-tokens", "160", PROMPT]
+COMMAND = ["flashspec", "generate", "--compare", PROMPT]
 WIDTH = 100
 
 heard = bytearray()
@@ -28,6 +28,7 @@ os.environ.update(COLUMNS=str(WIDTH), LINES="60", TERM="xterm-256color")
 pty.spawn(COMMAND, read)
 console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
 console.print(Text.from_ansi(f'$ flashspec generate --compare "{PROMPT}"'))
-gone = re.compile(r"\x1b\[\?25[lh]|[^\n]*\x1b\[2K")  # what progress bars drew and wiped away
-console.print(Text.from_ansi(gone.sub("", heard.decode("utf-8").replace("\r\n", "\n"))))
+screen = re.sub(r"\x1b\[\?25[lh]|\r", "", heard.decode("utf-8"))
+screen = re.sub(r"[^\n]*\n\x1b\[1A\x1b\[2K|[^\n]*\x1b\[2K", "", screen)  # what progress bars drew and wiped away
+console.print(Text.from_ansi(screen))
 console.save_svg(str(Path(__file__).with_name("demo.svg")), title="flashspec")

@@ -58,7 +58,7 @@ class Draft:
 
     token_ids: (B, γ) int64. lengths: (B,) int64, how many of them row b really proposes, 0..γ.
     logits: (B, γ, V) float32, unnormalised log-probabilities that the tokens were drawn from; None: one-hot.
-    faulty: (B,) bool, rows whose draft was cut short by NaN; None: none.
+    faulty: (B,) bool, rows whose draft was cut short by NaN or by an id outside the vocabulary; None: none.
     """
 
     token_ids: Tensor
@@ -92,7 +92,7 @@ class RowStep:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step: the arm, what each unfinished row did, and the seconds that the whole step took."""
+    """One step: the arm, what each unfinished row did, and the seconds that it took, a prefill ahead of it excluded."""
 
     arm: Arm
     rows: tuple[RowStep, ...]

@@ -199,7 +199,6 @@ def test_text_lists_of_texts_and_chats() -> None:
         (torch.zeros(3, dtype=torch.int64), r"int64 tensor of shape \(3,\)"),
         (torch.zeros(1, 3), "float32 tensor"),
         ("text", "no tokenizer"),
-        ([1, 2, 3], "no tokenizer"),
     ],
 )
 def test_bad_prompts_are_refused(prompt: object, message: str) -> None:
@@ -207,7 +206,29 @@ def test_bad_prompts_are_refused(prompt: object, message: str) -> None:
         engine_of(TARGET).generate(prompt, 5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [{"role": "user"}], [1, 2], ["a", {"role": "user"}]])
+def test_one_row_of_ids_may_be_flat() -> None:
+    engine = engine_of(MarkovModel.random(6, seed=4), [], ["plain"])
+    flat, nested = (engine.generate(prompt, 8, temperature=0).output_ids for prompt in ([1, 2, 3], [[1, 2, 3]]))
+    assert torch.equal(flat, nested)
+
+
+def test_settings_change_a_given_config() -> None:
+    config = FlashSpecConfig(device="cpu", max_new_tokens=5)
+    engine = SpeculativeEngine.from_pretrained(MarkovModel.random(6, seed=4), [], config=config, max_new_tokens=3)
+    assert engine.generate([1], temperature=0).n_tokens_generated == 3
+
+
+@pytest.mark.parametrize("variant", ["rejection", "coupled"])
+def test_sampled_text_does_not_depend_on_its_place_in_the_batch(variant: str) -> None:
+    """The row's number was once mixed into its seed."""
+    engine = engine_of(MarkovModel.random(6, seed=4), [], ["plain"])
+    batch = engine.generate([[3], [1, 2], [1, 2]], 12, temperature=1.0, seed=9, variant=variant).output_ids
+    alone = engine.generate([[1, 2]], 12, temperature=1.0, seed=9, variant=variant).output_ids
+    assert torch.equal(batch[1], alone[0])
+    assert not torch.equal(batch[2], alone[0])  # the same prompt again is another sample
+
+
+@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [{"role": "user"}], ["a", {"role": "user"}]])
 def test_bad_texts_are_refused(prompt: object) -> None:
     _, engine = recite("hello")
     with pytest.raises(ValueError, match="prompt"):

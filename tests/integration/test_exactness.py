@@ -1,6 +1,6 @@
 """The output follows the target's own joint distribution, whatever drafts and however the arms are switched.
 
-Every case decodes 12,000 rows and compares the tuples that came out with the exact joint probabilities (G-test,
+Every case decodes 10,000 rows or more and compares the tuples that came out with the exact joint probabilities (G-test,
 alpha = 0.01 over the whole family, Bonferroni). Seeds are fixed, so a failure is a change of the code.
 """
 
@@ -127,6 +127,7 @@ CASES = [
     Case("drafter with generate_draft", ("host:2",), rows=10_000),
     Case("arms at random", MIXED, count=4, vocab_size=4),
     Case("arms adaptively", MIXED, count=4, vocab_size=4, selector="thompson"),
+    Case("arms by auto", MIXED, count=4, vocab_size=4, selector="auto"),
     Case("feedback one step late", MIXED, count=4, vocab_size=4, selector="thompson", lag=1),
     *(
         Case(f"coupled {kind}", MIXED, {"variant": "coupled"}, kind=kind)
@@ -145,11 +146,18 @@ def decode(case: Case) -> tuple[torch.Tensor, MarkovModel, SamplingConfig]:
     sampler = make_sampler(config, prompts, [], case.vocab_size, 1000, target.device)
     limits = [len(PROMPT) + case.count + 2] * case.rows
     state = DecodeState.create(prompts, limits, [], target, sampler)
-    selector = RandomSelector(len(arms)) if case.selector == "random" else make_selector("thompson", len(arms), seed=5)
+    selector = make(case.selector, arms)
     for _ in Run(state, arms, selector, make_drafters(draft), lag=case.lag):
         pass
     texts = torch.tensor([text[len(PROMPT) :] for text in state.texts])
     return texts[:, : case.count], target, config
+
+
+def make(strategy: str, arms: Sequence[Arm]) -> DraftSelector:
+    if strategy == "random":
+        return RandomSelector(len(arms))
+    named = [(arm.drafter, arm.length) for arm in arms]
+    return make_selector(strategy, len(arms), seed=5, arms=named, seconds=[1.0] * len(arms))
 
 
 def p_value(case: Case) -> float:

@@ -75,7 +75,7 @@ def test_a_draft_that_is_not_finite_costs_that_draft(settings: dict, bad: float,
     table = target.table.clone()
     table[:, 3] = bad  # sound until it has read a 3
     run = open_run(target, PROMPTS, ["model:4"], {"model": ModelDrafter(MarkovModel(table))}, 30, lag=lag, **settings)
-    with pytest.warns(RuntimeWarning, match="'model' is set aside for this request: its logits are not finite"):
+    with pytest.warns(RuntimeWarning, match="'model' is set aside for this request: its draft held NaN"):
         records = [output.record for output in run]
     assert [len(text) for text in run.state.texts] == [len(prompt) + 30 for prompt in PROMPTS]
     assert str(records[0].arm) == "model:4" and str(records[-1].arm) == "plain"
@@ -171,7 +171,8 @@ class OutOfVocabulary:
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"), [(WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"), (OutOfVocabulary(), "not finite")]
+    ("source", "reason"),
+    [(WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"), (OutOfVocabulary(), "the vocabulary")],
 )
 def test_generate_draft_is_not_trusted(source: object, reason: str) -> None:
     target = MarkovModel.random(6, seed=34)

@@ -88,7 +88,7 @@ class DraftSelector(ABC):
         self,
         arm: int,
         accepted: int,
-        drafted: int = 1,
+        drafted: int | None = None,
         *,
         rows: Sequence[tuple[int, int]] | None = None,
         seconds: float | None = None,
@@ -101,7 +101,8 @@ class DraftSelector(ABC):
         that are negative or not finite.
         """
         arm = self._known(arm)
-        accepted, drafted = whole_number("accepted", accepted), whole_number("drafted", drafted)
+        accepted = whole_number("accepted", accepted)
+        drafted = max(1, accepted) if drafted is None else whole_number("drafted", drafted)
         checked_rows = None if rows is None else _checked_rows(rows, accepted, drafted)
         if seconds is not None:
             seconds = real_number("seconds", seconds, 0.0)

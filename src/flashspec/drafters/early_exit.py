@@ -12,7 +12,7 @@ from flashspec.models.base import LanguageModel
 
 
 class EarlyExitDrafter(Drafter):
-    """num_layers: how many layers run before the exit; None: a third of the target's."""
+    """num_layers: how many layers run before the exit; by name it is a third of the target's."""
 
     name = "early-exit"
 

@@ -34,7 +34,7 @@ class Metrics:
     latency: LatencyTracker | None
 
     def record(self, step: StepRecord) -> None:
-        if self.acceptance is not None and step.drafted:
+        if self.acceptance is not None:
             for row in step.rows:
                 self.acceptance.record(row.accepted, row.drafted)
         if self.throughput is not None:
@@ -116,12 +116,13 @@ class SpeculativeEngine:
         progress: Progress | None = None,
         **settings: Any,
     ) -> SpeculativeEngine:
-        """The shortest way in: names, and the rest is found. settings are fields of FlashSpecConfig, whose target_name
+        """The shortest way in: names, and the rest is found. settings are fields of FlashSpecConfig (changes to
+        `config` where there is one), whose target_name
         and drafter_name stand in for target and drafters; without them it is the embedded model with DEFAULT_DRAFTERS.
 
         arms None: for the strategy `auto` plain decoding and every drafter at each of its usual lengths, for the
         others one arm a drafter at `sampling.gamma`. progress(what, fraction or None) hears of downloads."""
-        config = config or FlashSpecConfig(**settings)
+        config = FlashSpecConfig(**{**(config.model_dump() if config else {}), **settings})
         loaded = _load(target or config.target_name or DEFAULT, config, progress)
         if drafters is None:
             drafters = [config.drafter_name] if config.drafter_name else DEFAULT_DRAFTERS

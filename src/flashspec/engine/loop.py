@@ -183,7 +183,7 @@ class Run:
         record = StepRecord(flight.arm, tuple(steps), seconds)
         self._settle(flight, record)
         if any(news.faulty for news in fetched):
-            self._quarantine(flight.arm.drafter, "its logits are not finite")
+            self._quarantine(flight.arm.drafter, "its draft held NaN or an id outside the vocabulary")
         return StepOutput(record, outputs)
 
     def _settle(self, flight: _Flight, record: StepRecord) -> None:

@@ -15,7 +15,7 @@ Prompt = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[int]] | Ten
 
 
 def encode_prompts(prompt: Prompt, tokenizer: Tokenizer | None, model: LanguageModel) -> list[list[int]]:
-    """Text, a list of texts, a chat, or token ids (B, T) padded with -1. ValueError names what is wrong."""
+    """Text, a list of texts, a chat, or token ids, one row or (B, T) padded with -1. ValueError names what is wrong."""
     rows = _token_rows(prompt, tokenizer)
     if not rows:
         raise ValueError("prompt is empty; give text, messages or token ids")
@@ -40,6 +40,8 @@ def _token_rows(prompt: Prompt, tokenizer: Tokenizer | None) -> list[list[int]]:
             )
         return [[token_id for token_id in row if token_id != -1] for row in prompt.tolist()]
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if items and all(isinstance(item, int) for item in items):
+        items = [items]
     if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
         return [[int(token_id) for token_id in row if token_id != -1] for row in items]
     if tokenizer is None:

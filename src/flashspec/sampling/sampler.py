@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from flashspec.sampling.processors import Transforms
 from flashspec.sampling.rejection import verify_rejection
 from flashspec.sampling.typical import verify_typical
 
-ROW_STRIDE = 0x9E3779B97F4A7C15  # far apart, so that row 1 of one seed is not row 0 of the next
+STREAM_STRIDE = 0x9E3779B97F4A7C15  # far apart, so that stream 1 of one seed is not stream 0 of the next
 
 
 @dataclass(slots=True)
@@ -71,7 +72,10 @@ def make_sampler(
     seed: int,
     device: torch.device,
 ) -> Sampler:
-    """A sampler for rows that share one configuration. ValueError for a bias or a stop id outside the vocabulary."""
+    """A sampler for rows that share one configuration. ValueError for a bias or a stop id outside the vocabulary.
+
+    A row's noise depends on the seed and on how often its prompt stands in rows before it, not on its place: the same
+    prompt twice gives two texts, and neighbours change nothing."""
     for token_id in (*config.logit_bias, *stop_ids):
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"logit_bias or stop_token_ids name token {token_id}; ids run from 0 to {vocab_size - 1}")
@@ -104,7 +108,12 @@ def make_sampler(
         stop_ids=torch.tensor([list(stop_ids)] * rows, device=device) if delayed else None,
         min_lengths=torch.tensor([len(p) + config.min_tokens for p in prompts], device=device) if delayed else None,
     )
-    seeds = torch.tensor([(seed + row * ROW_STRIDE) % 2**63 for row in range(rows)], dtype=torch.int64, device=device)
+    seen: Counter[tuple[int, ...]] = Counter()
+    streams = []
+    for prompt in map(tuple, prompts):
+        streams.append((seed + seen[prompt] * STREAM_STRIDE) % 2**63)
+        seen[prompt] += 1
+    seeds = torch.tensor(streams, dtype=torch.int64, device=device)
     return Sampler(config, transforms, seeds)
 
 
