@@ -15,6 +15,7 @@ import torch
 from fakes import MarkovModel, ScriptedDrafter
 from scipy import stats
 from statistics_of_text import g_test, joint_distribution
+from torch import Tensor
 
 import flashspec.sampling.sampler as sampler_module
 from flashspec.bandit import DraftSelector, make_selector
@@ -28,7 +29,7 @@ from flashspec.drafters.ngram import NgramDrafter
 from flashspec.drafters.suffix import SuffixDrafter
 from flashspec.engine.loop import Run
 from flashspec.engine.state import DecodeState
-from flashspec.sampling.rejection import leading, pick, residual_weights, verify_rejection
+from flashspec.kernels import verify_logits
 from flashspec.sampling.sampler import make_sampler
 
 ROWS = 12_000
@@ -180,29 +181,39 @@ def test_kolmogorov_smirnov_gate() -> None:
     assert distance < stats.kstwobign.isf(ALPHA) / len(texts) ** 0.5
 
 
-def keeps_tokens_after_a_rejection(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
-    verdict = verify_rejection(weights, draft, seeds, positions)
-    later = leading(torch.ones_like(draft.token_ids, dtype=torch.bool), draft.lengths)
-    return verdict._replace(num_accepted=torch.where(verdict.num_accepted > 0, later, verdict.num_accepted))
+def keeps_tokens_after_a_rejection(target, token_ids, draft_lengths, *rest):  # type: ignore[no-untyped-def]
+    num_accepted, next_token, failed = verify_logits(target, token_ids, draft_lengths, *rest)
+    return torch.where(num_accepted > 0, draft_lengths, num_accepted), next_token, failed
 
 
-def overwrites_the_last_accepted_token(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
-    verdict = verify_rejection(weights, draft, seeds, positions)
-    return verdict._replace(num_accepted=(verdict.num_accepted - 1).clamp(min=0))
+def overwrites_the_last_accepted_token(*arguments):  # type: ignore[no-untyped-def]
+    num_accepted, next_token, failed = verify_logits(*arguments)
+    return (num_accepted - 1).clamp(min=0), next_token, failed
 
 
-def draws_the_recovered_token_from_p(weights, draft: Draft, seeds, positions) -> Verdict:  # type: ignore[no-untyped-def]
-    verdict = verify_rejection(weights, draft, seeds, positions)
-    noise = -(-torch.rand(weights.shape[0], weights.shape[2], generator=torch.Generator().manual_seed(1)).log()).log()
-    return verdict._replace(next_token=(pick(weights, verdict.num_accepted) + noise).argmax(-1))
+def forgets_to_renormalise(target, token_ids, draft_lengths, draft, *rest):  # type: ignore[no-untyped-def]
+    """Inverts the distribution function of max(0, p - q) as if it summed to 1."""
+    num_accepted, next_token, failed = verify_logits(target, token_ids, draft_lengths, draft, *rest)
+    rows, last = torch.arange(len(target)), num_accepted.clamp(max=token_ids.shape[1] - 1)
+    residual = (target[rows, last].softmax(-1) - draft[rows, last].softmax(-1)).clamp(min=0)
+    u = torch.rand(len(target), 1, generator=torch.Generator().manual_seed(1))
+    drawn = (residual.cumsum(-1) <= u).sum(-1).clamp(max=target.shape[-1] - 1)
+    return num_accepted, torch.where(num_accepted < draft_lengths, drawn, next_token), failed
 
 
 @pytest.mark.parametrize(
-    "wrong", [keeps_tokens_after_a_rejection, overwrites_the_last_accepted_token, draws_the_recovered_token_from_p]
+    "wrong", [keeps_tokens_after_a_rejection, overwrites_the_last_accepted_token, forgets_to_renormalise]
 )
 def test_wrong_verifiers_are_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(sampler_module, "verify_rejection", wrong)
+    monkeypatch.setattr(sampler_module, "verify_logits", wrong)
     assert p_value(Case("wrong", ("model:3",))) < 1e-9
+
+
+def verdict_of(weights: Tensor, draft: Draft) -> Verdict:
+    rows = len(weights)
+    lengths, heat = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    arguments = (weights, draft.token_ids, draft.lengths, draft.logits, torch.arange(rows), lengths, heat)
+    return Verdict(*verify_logits(*arguments, "rejection")[:2])
 
 
 def one_step(kind: str = "random", gamma: int = 3, rows: int = 20_000):  # type: ignore[no-untyped-def]
@@ -216,8 +227,7 @@ def one_step(kind: str = "random", gamma: int = 3, rows: int = 20_000):  # type:
     )
     draft = Draft(drawn, torch.full((rows,), gamma), draft_logits.expand(rows, -1, -1))
     weights = target_logits.expand(rows, -1, -1)
-    positions = torch.arange(gamma + 1).expand(rows, -1)
-    verdict = verify_rejection(weights, draft, torch.arange(rows), positions)
+    verdict = verdict_of(weights, draft)
     return target_logits.softmax(-1).double(), draft_logits.softmax(-1).double(), draft, verdict
 
 
@@ -246,14 +256,6 @@ def test_a_one_hot_target_accepts_everything_that_agrees() -> None:
     weights = torch.full((2, 3, 4), NEVER)
     weights[..., 2] = 0.0
     draft = Draft(torch.tensor([[2, 2], [2, 1]]), torch.tensor([2, 2]))
-    verdict = verify_rejection(weights, draft, torch.arange(2), torch.arange(3).expand(2, -1))
+    verdict = verdict_of(weights, draft)
     assert verdict.num_accepted.tolist() == [2, 1]
     assert verdict.next_token.tolist() == [2, 2]
-
-
-def test_a_rejection_without_a_residual_falls_back_to_the_target() -> None:
-    """p == q leaves nothing to recover from; rounding can still reject, and the token must be a possible one."""
-    logits = torch.tensor([[[0.0, 1.0, NEVER], [0.0, 0.0, 0.0]]])
-    draft = Draft(torch.tensor([[1]]), torch.tensor([1]), logits[:, :1])
-    weights = residual_weights(logits.log_softmax(-1), draft, torch.tensor([0]))
-    assert weights[0, 2] == NEVER and weights[0, :2].isfinite().all()

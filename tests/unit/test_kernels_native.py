@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.kernels import native
-from flashspec.kernels.native import NativeDecoder, NativeLayer, NativeShape, PackedMatrix
+from flashspec.kernels import native_build
+from flashspec.kernels.native import FORMATS, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
 
-needs_compiler = pytest.mark.skipif(not native.available(), reason=native.why_not() or "built")
+needs_compiler = pytest.mark.skipif(not native_build.available(), reason=native_build.why_not() or "built")
 
 GGUF_TYPES = {
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
@@ -211,7 +211,7 @@ def restore_threads() -> Iterator[None]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("format", native.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_row_does_not_depend_on_its_company(format: str, restore_threads: None) -> None:
     """Bit for bit: one token at a time, any split, any batch and any number of threads give the same logits."""
     shape = replace(QUANTISED, sliding_window=77)
@@ -308,16 +308,16 @@ else:
 @pytest.fixture
 def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("FLASHSPEC_CACHE", str(tmp_path / "cache"))
-    native._load.cache_clear()
+    native_build._load.cache_clear()
     yield tmp_path
-    native._load.cache_clear()
+    native_build._load.cache_clear()
 
 
 def test_no_compiler_is_a_sentence(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh_build))
     monkeypatch.delenv("CXX", raising=False)
-    assert not native.available()
-    assert "no C++ compiler" in native.why_not()
+    assert not native_build.available()
+    assert "no C++ compiler" in native_build.why_not()
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         make(PLAIN, "f32").native()
 
@@ -329,11 +329,11 @@ def test_a_bad_compiler_is_a_sentence(
     compiler = fresh_build / "compiler.py"
     compiler.write_text(FAKE_COMPILER.format(fails=fails))
     monkeypatch.setenv("CXX", f"{sys.executable} {compiler}")
-    assert not native.available()
-    assert reason in native.why_not()
-    assert "\n" not in native.why_not()
-    native._load.cache_clear()
-    assert not native.available()
+    assert not native_build.available()
+    assert reason in native_build.why_not()
+    assert "\n" not in native_build.why_not()
+    native_build._load.cache_clear()
+    assert not native_build.available()
     calls = len(compiler.with_suffix(".calls").read_text())
     assert calls == (4 if fails else 1)  # with and without OpenMP, twice; what was built is kept
     assert [path.suffix for path in (fresh_build / "cache").iterdir()] == ([] if fails else [".so"])

@@ -4,7 +4,7 @@ from scipy import stats
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashspec.kernels import philox_gumbel, philox_uniform
+from flashspec.kernels import native_build, native_verify, philox_gumbel, philox_uniform, reference
 from flashspec.kernels.reference import philox4x32
 
 SEED = torch.tensor([20_240_229])
@@ -142,3 +142,12 @@ def test_noise_names_what_is_wrong(seeds: Tensor, positions: Tensor, purpose: in
 def test_noise_needs_a_vocabulary() -> None:
     with pytest.raises(ValueError, match="vocab_size should be at least 1: got 0"):
         philox_gumbel(SEED, torch.tensor([[0]]), 0, 0)
+
+
+@pytest.mark.skipif(not native_build.available(), reason=native_build.why_not() or "built")
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 1000, 8193])
+def test_the_native_noise_is_its_twins(vocab_size: int) -> None:
+    seeds, positions = torch.tensor([5, -(2**40) - 7]), torch.tensor([[0, 2**33 + 1, 9], [2**31, 3, 4]])
+    expected = reference.philox_gumbel(seeds, positions, 2**31 + 1, vocab_size)
+    noise = native_verify.philox_gumbel(seeds, positions, 2**31 + 1, vocab_size)
+    torch.testing.assert_close(noise, expected, atol=3e-6, rtol=0)

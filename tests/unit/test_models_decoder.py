@@ -10,7 +10,7 @@ import transformers as tf
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashspec.kernels import native
+from flashspec.kernels import native_build
 from flashspec.models.base import KVCache, LanguageModel
 from flashspec.models.checkpoint import StateDict, UnsupportedModel, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
@@ -80,8 +80,8 @@ def decoder(name: str, backend: str) -> LanguageModel:
     config, checkpoint = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
     if backend == "torch":
         return Decoder(config, decoder_weights(config, checkpoint, CPU, torch.float32))
-    if not native.available():
-        pytest.skip(native.why_not())
+    if not native_build.available():
+        pytest.skip(native_build.why_not())
     if not fits(config):
         pytest.skip("the native kernel knows one window for all layers")
     return NativeModel(config, checkpoint, pack(config, checkpoint))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashspec.cache import cache_dir
 from flashspec.core import FlashSpecError
-from flashspec.kernels import native
+from flashspec.kernels import native_build
 from flashspec.models import embedded
 from flashspec.models.decoder import Decoder
 from flashspec.models.hf import HFModel
@@ -32,17 +32,17 @@ SMALL_GPT = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_posi
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built kernels stay where they are; what loading converts goes to a folder of the test's own."""
-    native.available()
+    native_build.available()
     monkeypatch.setenv("FLASHSPEC_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(params=["native", "torch"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     if request.param == "torch":
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(native_build, "available", lambda: False)
         return Decoder
-    if not native.available():
-        pytest.skip(native.why_not())
+    if not native_build.available():
+        pytest.skip(native_build.why_not())
     return NativeModel
 
 
@@ -156,7 +156,7 @@ def test_what_was_converted_is_used_again_unless_damaged(tmp_path: Path, monkeyp
     for file in (cache_dir() / "models").iterdir():
         shutil.rmtree(file)
     load()
-    assert len(tasks) == (4 if native.available() else 3)
+    assert len(tasks) == (4 if native_build.available() else 3)
 
 
 def test_a_loaded_transformers_model(folder: Path, backend: type) -> None:
@@ -238,7 +238,7 @@ BAD_FOLDERS = {
 
 @pytest.mark.parametrize("case", list(BAD_FOLDERS))
 def test_a_bad_folder_is_one_sentence(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native_build, "available", lambda: False)
     change, message = BAD_FOLDERS[case]
     change(folder)
     with pytest.raises(FlashSpecError, match=message) as raised:

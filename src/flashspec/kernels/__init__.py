@@ -1,4 +1,5 @@
-"""The only door to the kernels: Triton on a GPU, PyTorch twins elsewhere; callers never ask which one runs.
+"""The only door to the kernels: Triton on a GPU, C++ on a CPU with a compiler, PyTorch twins elsewhere; callers never
+ask which one runs.
 
 B rows, γ draft tokens (0 is allowed), Q positions, V vocabulary entries. Every function raises ValueError,
 naming the argument, for a shape, dtype or device that does not fit. Nothing is read back from a GPU.
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from flashspec.kernels import reference, reference_fused
+from flashspec.kernels import native_build, native_verify, reference, reference_fused
 
 __all__ = ["TRITON_AVAILABLE", "gather_accepted", "philox_gumbel", "philox_uniform", "verify_logits", "verify_tokens"]
 
@@ -95,6 +96,8 @@ def philox_gumbel(seeds: Tensor, positions: Tensor, purpose: int, vocab_size: in
         from flashspec.kernels import noise
 
         return noise.philox_gumbel(seeds, positions, purpose, vocab_size)
+    if _use_native(seeds, positions):
+        return native_verify.philox_gumbel(seeds, positions, purpose, vocab_size)
     return reference.philox_gumbel(seeds, positions, purpose, vocab_size)
 
 
@@ -115,7 +118,10 @@ def verify_logits(
     draft_weights: (B, γ, V) float32, bfloat16 or float16 log-weights that the tokens were drawn from; None: one-hot,
     and so it counts unless variant is 'rejection'. seeds, lengths: (B,) int64. temperature: (B,) float32, divides the
     target's logits; rows at 0 are greedy. For top-k, top-p, min-p and penalties pass masked or shifted logits.
-    variant: 'rejection', 'coupled' or 'greedy'; the latter reads no temperature.
+    variant: 'rejection' (Leviathan, Kalman and Matias 2023, Algorithm 1: the next token is drawn from max(0, p - q)
+    after a rejection, from p after a whole draft); 'coupled' (Daliri, Musco and Suresh 2024: accept while the draft is
+    what the target draws with the noise that the drafter used, so the text depends on no draft); 'greedy', which is the
+    latter without noise and reads no temperature.
     Returns num_accepted (B,) int64, next_token (B,) int64 in [0, V), and failed (B,) bool: rows whose other two mean
     nothing, since a position up to num_accepted holds NaN or +inf, or nothing but -inf. A draft token outside [0, V)
     is rejected; so is one whose weights are not finite, and the next token is then drawn from the target alone.
@@ -138,11 +144,20 @@ def verify_logits(
         from flashspec.kernels import fused
 
         return fused.verify_logits(*arguments)
+    if _use_native(*(tensor for tensor in arguments if isinstance(tensor, Tensor))):
+        return native_verify.verify_logits(*arguments)
     return reference_fused.verify_logits(*arguments)
 
 
 def _use_triton(device: torch.device) -> bool:
     return TRITON_AVAILABLE and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _use_native(*tensors: Tensor) -> bool:
+    """On a CPU with a compiler; fake tensors have no memory to point to."""
+    return (
+        all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and native_build.available()
+    )
 
 
 def _check(

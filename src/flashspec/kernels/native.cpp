@@ -380,3 +380,5 @@ int flashspec_logits(const Model* model, const float* hidden, Index all, float* 
   return 0;
 }
 }
+
+#include "native_verify.cpp"

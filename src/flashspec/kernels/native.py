@@ -9,23 +9,15 @@ B rows, Q positions, H hidden size, V vocabulary entries, N output features, K i
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.cache import cache_dir
+from flashspec.kernels.native_build import library
 
-SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).with_name("native_weights.cpp"))
 PANEL, GROUP, BLOCK = 32, 16, 32  # as in the source
 FORMATS = ("f32", "bf16", "q8_0", "q4_1", "q4_0")  # in the order of the source's tables
 GGUF_BLOCK_BYTES = {"q8_0": 34, "q4_1": 20, "q4_0": 18}
@@ -182,7 +174,7 @@ class NativeDecoder:
     """A Llama-family decoder (RMSNorm, half-split rotary embedding, grouped-query attention, SwiGLU) on this CPU.
 
     embedding and lm_head (V, H); the two may be one object. final_norm (H,). cos, sin: (max_position, head_dim) or
-    (max_position, head_dim / 2). RuntimeError where `available()` is False.
+    (max_position, head_dim / 2). RuntimeError where `native_build.available()` is False.
     """
 
     def __init__(
@@ -197,7 +189,7 @@ class NativeDecoder:
     ) -> None:
         self.shape = shape
         self._alive: list[Tensor] = []  # what the structures point to
-        self._library = _library()
+        self._library = library()
         half = shape.head_dim // 2
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         hidden, mlp = shape.hidden_size, shape.intermediate_size
@@ -316,82 +308,3 @@ class NativeDecoder:
         if fault:
             raise MemoryError("no memory for the forward's buffers")
         return logits
-
-
-def available() -> bool:
-    """Whether a compiler was found and the library built and loaded. The first call builds it; it never raises."""
-    return not why_not()
-
-
-def why_not() -> str:
-    """One sentence that says why the library is not there; '' where it is."""
-    return _load()[1]
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        return None, f"the native CPU kernel could not be built or loaded: {error}"
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.flashspec_forward.argtypes = (
-        [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer, integer]
-    )
-    library.flashspec_logits.argtypes = [pointer, pointer, integer, pointer, integer]
-    return library, ""
-
-
-def _build() -> Path:
-    """The library's path in the cache folder, compiled if it is not there yet."""
-    compiler = _compiler()
-    architecture = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*compiler, "-std=c++17", "-O3", architecture, "-fno-math-errno", "-ffp-contract=fast", "-w"]
-    command += ["-shared", "-fPIC", str(SOURCES[0])]
-    # The thread pool that torch already runs: a second one would spin against it on the same cores.
-    pool = list(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
-    threaded = [*command, "-fopenmp", *(["-Wl,--as-needed", *pool] if pool else [])]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [*(source.read_text() for source in SOURCES), *threaded, version, _cpu()]
-    target = cache_dir() / f"native-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        if _compile([*threaded, "-o", str(temporary)]):  # a compiler without OpenMP gives one thread
-            reason = _compile([*command, "-o", str(temporary)])
-            if reason:
-                raise RuntimeError(f"{' '.join(compiler)} failed: {reason}")
-        os.replace(temporary, target)
-    return target
-
-
-def _compile(command: list[str]) -> str:
-    """'' or the first error."""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    lines = result.stderr.strip().splitlines() or ["no message"]
-    return next((line for line in lines if "error" in line), lines[-1]) if result.returncode else ""
-
-
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX", "").split()
-    for command in ([named] if named else []) + [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
-
-
-def _cpu() -> str:
-    """Names the processor: what the compiler's `native` stands for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    telling = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))

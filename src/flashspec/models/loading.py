@@ -12,7 +12,7 @@ import torch
 
 from flashspec.cache import cached_folder
 from flashspec.core import FlashSpecError
-from flashspec.kernels import native
+from flashspec.kernels import native_build
 from flashspec.models import embedded
 from flashspec.models.base import LanguageModel
 from flashspec.models.checkpoint import (
@@ -130,7 +130,7 @@ def _dtype(dtype: str | torch.dtype, auto: torch.dtype) -> torch.dtype:
 def _decoder(config: DecoderConfig, checkpoint: Checkpoint, request: _Request) -> LanguageModel:
     request.progress("preparing the kernels", None)  # the native one is compiled at first use, for some seconds
     exact_on_cpu = request.device.type == "cpu" and request.dtype == torch.float32
-    use_native = exact_on_cpu and fits(config) and native.available()
+    use_native = exact_on_cpu and fits(config) and native_build.available()
     request.progress("loading the weights", None)
     if use_native:
         matrices = _matrices(config, checkpoint, request.progress)

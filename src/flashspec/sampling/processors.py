@@ -39,6 +39,11 @@ class Transforms:
     stop_ids: Tensor | None = None
     min_lengths: Tensor | None = None
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a row rules out tokens by top-k, top-p or min-p."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
     def shift(self, logits: Tensor, positions: Tensor, draft_ids: Tensor) -> Tensor:
         """Bias, minimum length and penalties: (B, Q, V) logits that decide text positions (B, Q), where row i follows
         the first i of draft_ids (B, Q - 1)."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from flashspec.core import Draft, Verdict
-from flashspec.kernels import gather_accepted, philox_gumbel, philox_uniform, verify_tokens
-from flashspec.sampling.noise import Purpose
+from flashspec.kernels import gather_accepted, verify_logits
 
 
 class Sample(NamedTuple):
@@ -17,51 +16,6 @@ class Sample(NamedTuple):
 
     token_ids: Tensor
     num_accepted: Tensor
-
-
-def leading(accepted: Tensor, draft_lengths: Tensor) -> Tensor:
-    """(B, γ) bool to the number of leading trues (B,) int64, no more than a row's draft length."""
-    within = torch.arange(accepted.shape[1], device=accepted.device) < draft_lengths[:, None]
-    return (accepted & within).long().cumprod(1).sum(1)
-
-
-def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """rows (B, Q, V) at index (B,) -> (B, V)."""
-    return rows[torch.arange(rows.shape[0], device=rows.device), index]
-
-
-def residual_weights(target_logprobs: Tensor, draft: Draft, num_accepted: Tensor) -> Tensor:
-    """Log-weights (B, V) of the next token: max(0, p - q) after a rejection, p after a fully accepted draft."""
-    target_probs = pick(target_logprobs, num_accepted).exp()
-    if draft.token_ids.shape[1] == 0:
-        return target_probs.log()
-    last = draft.token_ids.shape[1] - 1
-    rejected = num_accepted < draft.lengths  # (B,)
-    index = num_accepted.clamp(max=last)
-    if draft.logits is None:
-        draft_probs = torch.zeros_like(target_probs).scatter_(1, draft.token_ids.gather(1, index[:, None]), 1.0)
-    else:
-        draft_probs = pick(draft.logits, index).softmax(-1)
-    residual = torch.where(rejected[:, None], target_probs - draft_probs, target_probs).clamp(min=0)
-    empty = residual.sum(-1, keepdim=True) == 0  # p == q up to rounding: a rejection that exact arithmetic cannot have
-    return torch.where(empty, target_probs, residual).log()
-
-
-def verify_rejection(weights: Tensor, draft: Draft, seeds: Tensor, positions: Tensor) -> Verdict:
-    """weights: (B, γ + 1, V) log-weights of the target, deciding text positions (B, γ + 1). seeds: (B,) int64."""
-    target_logprobs = weights.log_softmax(-1)
-    gamma = draft.token_ids.shape[1]
-    uniform = philox_uniform(seeds, positions[:, :gamma], Purpose.ACCEPT)  # (B, γ)
-    if draft.logits is None:
-        chosen = target_logprobs[:, :gamma].gather(-1, draft.token_ids[..., None])[..., 0]  # (B, γ)
-        accepted = uniform.log() < chosen
-    else:
-        draft_logprobs = draft.logits.log_softmax(-1)
-        accepted, _ = verify_tokens(draft_logprobs, target_logprobs[:, :gamma], uniform, draft.token_ids)
-    num_accepted = leading(accepted, draft.lengths)
-    noise = philox_gumbel(seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1])[:, 0]
-    next_token = (residual_weights(target_logprobs, draft, num_accepted) + noise).argmax(-1)
-    return Verdict(num_accepted, next_token)
 
 
 def rejection_sample(
@@ -74,9 +28,12 @@ def rejection_sample(
     """
     check_shapes(input_ids, draft_logprobs, target_logprobs, draft_token_ids, gamma)
     draft = full_draft(draft_token_ids, draft_logprobs)
-    seeds, positions = fresh_noise(input_ids, gamma)
-    verdict = verify_rejection(target_logprobs.float(), draft, seeds, positions)
-    return emit(draft_token_ids, verdict)
+    seeds, lengths = fresh_noise(input_ids)
+    heat = torch.ones(input_ids.shape[0], device=input_ids.device)
+    num_accepted, next_token, _ = verify_logits(
+        target_logprobs.float(), draft_token_ids, draft.lengths, draft.logits, seeds, lengths, heat, "rejection"
+    )
+    return emit(draft_token_ids, Verdict(num_accepted, next_token))
 
 
 def check_shapes(
@@ -106,7 +63,7 @@ def full_draft(token_ids: Tensor, logprobs: Tensor) -> Draft:
     return Draft(token_ids, lengths, logprobs.float())
 
 
-def fresh_noise(input_ids: Tensor, gamma: int) -> tuple[Tensor, Tensor]:
+def fresh_noise(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Seeds and text lengths, (B,) int64."""
     seeds = torch.randint(2**62, (input_ids.shape[0],), device=input_ids.device)
-    positions = input_ids.shape[1] + torch.arange(gamma + 1, device=input_ids.device)
-    return seeds, positions.expand(input_ids.shape[0], -1)
+    return seeds, torch.full_like(seeds, input_ids.shape[1])

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from flashspec.config import SamplingConfig
 from flashspec.core import Draft, Verdict
-from flashspec.kernels import philox_gumbel
-from flashspec.sampling.coupled import verify_coupled, verify_greedy
+from flashspec.kernels import philox_gumbel, verify_logits
 from flashspec.sampling.noise import Purpose
 from flashspec.sampling.processors import Transforms
-from flashspec.sampling.rejection import verify_rejection
 from flashspec.sampling.typical import verify_typical
 
 STREAM_STRIDE = 0x9E3779B97F4A7C15  # far apart, so that stream 1 of one seed is not stream 0 of the next
@@ -46,22 +44,20 @@ class Sampler:
         verdict, and (B,) bool: rows that it means nothing for, since logits it rests on are not finite."""
         offsets = torch.arange(logits.shape[1], device=logits.device)
         positions = lengths[:, None] + offsets  # (B, γ + 1), the text positions being decided
-        shifted = self.transforms.shift(logits, positions, draft.token_ids)
-        verdict = self._decide(shifted, draft, positions)
-        used = offsets <= verdict.num_accepted[:, None]
-        return verdict, (used & ~shifted.amax(-1).isfinite()).any(1)
-
-    def _decide(self, shifted: Tensor, draft: Draft, positions: Tensor) -> Verdict:
-        config = self.config
-        if self.transforms.all_greedy:
-            return verify_greedy(shifted, draft)
-        weights = self.transforms.weigh(shifted)
-        if config.variant == "coupled":
-            return verify_coupled(weights, draft, self.seeds, positions)
-        if config.variant == "typical":
+        config, transforms = self.config, self.transforms
+        shifted = transforms.shift(logits, positions, draft.token_ids)
+        if config.variant == "typical" and not transforms.all_greedy:
             epsilon, delta = config.typical_epsilon, config.typical_delta
-            return verify_typical(weights, draft, self.seeds, positions, epsilon, delta)
-        return verify_rejection(weights, draft, self.seeds, positions)
+            verdict = verify_typical(transforms.weigh(shifted), draft, self.seeds, lengths, epsilon, delta)
+            used = offsets <= verdict.num_accepted[:, None]
+            return verdict, (used & ~shifted.amax(-1).isfinite()).any(1)
+        variant, temperature = "greedy" if transforms.all_greedy else config.variant, transforms.temperature
+        if transforms.cuts and not transforms.all_greedy:
+            shifted, temperature = transforms.weigh(shifted), torch.ones_like(temperature)
+        num_accepted, next_token, failed = verify_logits(
+            shifted, draft.token_ids, draft.lengths, draft.logits, self.seeds, lengths, temperature, variant
+        )
+        return Verdict(num_accepted, next_token), failed
 
 
 def make_sampler(

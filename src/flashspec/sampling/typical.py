@@ -8,21 +8,26 @@ from torch import Tensor
 from flashspec.core import Draft, Verdict
 from flashspec.kernels import philox_gumbel
 from flashspec.sampling.noise import Purpose
-from flashspec.sampling.rejection import Sample, check_shapes, emit, fresh_noise, full_draft, leading, pick
+from flashspec.sampling.rejection import Sample, check_shapes, emit, fresh_noise, full_draft
 
 
 def verify_typical(
-    weights: Tensor, draft: Draft, seeds: Tensor, positions: Tensor, epsilon: float, delta: float
+    weights: Tensor, draft: Draft, seeds: Tensor, lengths: Tensor, epsilon: float, delta: float
 ) -> Verdict:
-    """Keep a draft token x while p(x) > min(epsilon, delta * exp(-entropy(p))); the next token is drawn from p."""
+    """weights: (B, γ + 1, V) log-weights of the target after texts of lengths (B,).
+
+    Keep a draft token x while p(x) > min(epsilon, delta * exp(-entropy(p))); the next token is drawn from p."""
     logprobs = weights.log_softmax(-1)  # (B, γ + 1, V)
     probs = logprobs.exp()
     entropy = -torch.where(probs > 0, probs * logprobs, 0.0).sum(-1)[:, :-1]  # (B, γ)
     threshold = torch.clamp(delta * torch.exp(-entropy), max=epsilon)
     accepted = probs[:, :-1].gather(-1, draft.token_ids[..., None])[..., 0] > threshold
-    num_accepted = leading(accepted, draft.lengths)
-    noise = philox_gumbel(seeds, positions.gather(1, num_accepted[:, None]), Purpose.RECOVER, weights.shape[-1])[:, 0]
-    next_token = (pick(logprobs, num_accepted) + noise).argmax(-1)
+    accepted &= torch.arange(accepted.shape[1], device=accepted.device) < draft.lengths[:, None]
+    num_accepted = accepted.long().cumprod(1).sum(1)
+    position = (lengths + num_accepted)[:, None]
+    noise = philox_gumbel(seeds, position, Purpose.RECOVER, weights.shape[-1])[:, 0]
+    chosen = logprobs[torch.arange(len(logprobs), device=logprobs.device), num_accepted]  # (B, V)
+    next_token = (chosen + noise).argmax(-1)
     return Verdict(num_accepted, next_token)
 
 
@@ -38,6 +43,6 @@ def typical_sample(
     """One round outside the engine; arguments and result as in `rejection_sample`."""
     check_shapes(input_ids, draft_logprobs, target_logprobs, draft_token_ids, gamma)
     draft = full_draft(draft_token_ids, draft_logprobs)
-    seeds, positions = fresh_noise(input_ids, gamma)
-    verdict = verify_typical(target_logprobs.float(), draft, seeds, positions, epsilon, delta)
+    seeds, lengths = fresh_noise(input_ids)
+    verdict = verify_typical(target_logprobs.float(), draft, seeds, lengths, epsilon, delta)
     return emit(draft_token_ids, verdict)

@@ -118,11 +118,10 @@ def test_a_drafter_that_reads_back_is_noticed(way: str) -> None:
 
 def test_a_transform_that_reads_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     state = start_state(temperature=0.8)
-    weigh = type(state.sampler.transforms).weigh
     monkeypatch.setattr(
         type(state.sampler.transforms),
-        "weigh",
-        lambda self, logits: weigh(self, logits) if logits.max() > 0 else logits,
+        "shift",
+        lambda self, logits, positions, draft_ids: logits + 1 if logits.max() > 0 else logits,
     )
     with pytest.raises(DataDependentOutputException):
         take(state, None)

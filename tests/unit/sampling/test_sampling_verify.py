@@ -11,8 +11,6 @@ from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.sampling import Sample, rejection_sample, typical_sample
-from flashspec.sampling.coupled import verify_greedy
-from flashspec.sampling.rejection import leading
 from flashspec.sampling.typical import verify_typical
 
 GAMMA, VOCAB = 2, 5
@@ -99,7 +97,7 @@ def test_rejection_sample_follows_torchs_generator() -> None:
 def test_typical_accepts_by_its_rule(probs: list[float], token_id: int, accepted: bool) -> None:
     weights = torch.tensor([[probs, [0.0, 0.0, 0.0, 1.0]]]).log()  # (1, 2, 4)
     draft = Draft(torch.tensor([[token_id]]), torch.tensor([1]))
-    verdict = verify_typical(weights, draft, torch.tensor([1]), torch.tensor([[4, 5]]), epsilon=0.09, delta=0.3)
+    verdict = verify_typical(weights, draft, torch.tensor([1]), torch.tensor([4]), epsilon=0.09, delta=0.3)
     assert verdict.num_accepted.tolist() == [int(accepted)]
     if accepted:
         assert verdict.next_token.tolist() == [3]
@@ -121,16 +119,3 @@ def test_typical_draws_the_next_token_from_the_target() -> None:
     token_ids, num_accepted = typical_sample(*arguments, GAMMA)
     after = token_ids[num_accepted == 2][:, 2:]
     assert g_test(after, arguments[2][0, 2].double().exp()) > ALPHA
-
-
-def test_greedy_keeps_what_the_target_would_write() -> None:
-    logits = torch.nn.functional.one_hot(torch.tensor([[3, 1, 2]]), 4).float().expand(4, -1, -1)
-    draft = Draft(torch.tensor([[3, 1], [3, 0], [0, 1], [3, 1]]), torch.tensor([2, 2, 2, 1]))
-    verdict = verify_greedy(logits, draft)
-    assert verdict.num_accepted.tolist() == [2, 1, 0, 1]
-    assert verdict.next_token.tolist() == [2, 1, 3, 1]
-
-
-def test_leading_counts_up_to_the_first_refusal_within_the_draft() -> None:
-    accepted = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]]).bool()
-    assert leading(accepted, torch.tensor([3, 3, 3, 1])).tolist() == [3, 1, 0, 1]
