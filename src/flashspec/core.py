@@ -66,6 +66,13 @@ class Draft:
     logits: Tensor | None = None
     faulty: Tensor | None = None
 
+    def to(self, device: torch.device) -> Draft:
+        """On a device; itself where it is there already."""
+        if self.token_ids.device == device:
+            return self
+        moved = (None if tensor is None else tensor.to(device) for tensor in (self.logits, self.faulty))
+        return Draft(self.token_ids.to(device), self.lengths.to(device), *moved)
+
     @classmethod
     def empty(cls, batch_size: int, device: torch.device) -> Draft:
         return cls(

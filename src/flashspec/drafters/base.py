@@ -37,6 +37,10 @@ class DraftContext(Protocol):
         """A cache for a drafter's own model, rolled back with the text from now on."""
         ...
 
+    def catch_up(self, reader: Reader) -> None:
+        """Have a drafter's model read what it has not seen of the text, but for the last token."""
+        ...
+
     def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
         """Draw draft tokens from logits (B, V) for text position `lengths + offset`, as the request samples.
 
@@ -54,7 +58,7 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, context: DraftContext, length: int) -> Draft:
         """At most `length` tokens a row, as a pure function of tensors unless the drafter works on the host; fewer
-        columns than `length` may be returned by a host drafter when no row has more to propose."""
+        columns than `length`, and tensors on the CPU, may come from a host drafter."""
 
 
 class Drafter(ABC):

@@ -41,7 +41,7 @@ class ModelProposer(Proposer):
         room = self.reader.cache.capacity
         if room < context.capacity and context.bound >= room:
             raise RuntimeError(f"the text has outgrown the drafter's context of {room} tokens")
-        self.reader.catch_up(context.tokens, context.lengths, context.bound)
+        context.catch_up(self.reader)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
         # Two tokens at first: the one before the last is unread if the previous draft was accepted whole.

@@ -107,9 +107,8 @@ class SuffixProposer(Proposer):
         ]
         width = max(map(len, rows))
         padded = [row + [0] * (width - len(row)) for row in rows]
-        device = context.tokens.device
-        token_ids = torch.tensor(padded, dtype=torch.int64, device=device).view(len(rows), width)
-        return Draft(token_ids, torch.tensor([len(row) for row in rows], device=device))
+        token_ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
+        return Draft(token_ids, torch.tensor([len(row) for row in rows]))
 
     def _predict(self, row: int, recent: Sequence[int]) -> Prediction | None:
         own = self.indexes[row].predict(recent)

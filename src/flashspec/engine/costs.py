@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor
 
+from flashspec.engine.workspace import Capture
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
@@ -43,18 +45,27 @@ def measure_costs(
     widths: tuple[int, ...] = (1, 5, 9),
     takes: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    capture: Capture | None = None,
 ) -> CostTable:
-    """Time forwards over scratch text; the first take of each width is a warm-up."""
+    """Time forwards over scratch text, captured where there is a capture; the first take of each width is a warm-up."""
     reader = Reader(model, 1, min(64, model.max_context))
     seconds = {}
     for width in widths:
         token_ids = torch.zeros(1, width, dtype=torch.int64, device=model.device)
         positions = torch.arange(width, device=model.device)[None]
-        times = []
-        for _ in range(takes + 1):
+
+        def forward(token_ids: Tensor = token_ids, positions: Tensor = positions) -> None:
+            model.logits(reader.read(token_ids, positions, reader.cache.capacity))
+
+        times: list[float] = []
+        work: Callable[[], None] = forward
+        for take in range(takes + 1):
             started = clock()
-            logits = model.logits(reader.read(token_ids, positions, reader.cache.capacity))
-            logits[0, -1].argmax().item()  # waits for the device
+            work()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
             times.append(clock() - started)
+            if take == 0 and capture is not None:
+                work = capture(forward)
         seconds[width] = median(times[1:])
     return CostTable(seconds)

@@ -16,6 +16,7 @@ from flashspec.engine.costs import measure_costs
 from flashspec.engine.generation import Conversation, Generation
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.prompts import Prompt, encode_prompts
+from flashspec.engine.workspace import CudaGraphs, Workspaces
 from flashspec.metrics import AcceptanceTracker, LatencyTracker, ThroughputTracker
 from flashspec.models.base import LanguageModel
 from flashspec.models.loading import DEFAULT, LoadedModel, load_model
@@ -93,7 +94,9 @@ class SpeculativeEngine:
         if arms is None:
             arms = [Arm(name, config.sampling.gamma) for name in self.drafters] or [PLAIN]
         self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in arms], self.drafters)
-        self.costs = measure_costs(self.target)
+        capture = CudaGraphs(self.target.device) if self.target.device.type == "cuda" else None
+        self.costs = measure_costs(self.target, capture=capture)
+        self.workspaces = None if capture is None else Workspaces(self.target, self.arms, self.drafters, capture)
         self.selector = bandit if bandit is not None else self._make_selector()
         if self.selector.n_arms != len(self.arms):
             raise ValueError(f"bandit has {self.selector.n_arms} arms; the engine has {len(self.arms)}")

@@ -98,26 +98,27 @@ class Generation:
         engine, settings, model = self.engine, self.settings, self.engine.target
         eos_ids = () if settings.ignore_eos else engine.eos_token_ids
         stop_ids = sorted({*eos_ids, *settings.stop_token_ids})
-        sampler = make_sampler(settings, self.prompts, stop_ids, model.vocab_size, self.seed, model.device)
         limits = [min(len(prompt) + self.max_new_tokens, model.max_context) for prompt in self.prompts]
-        state = DecodeState.create(
-            self.prompts,
-            limits,
-            stop_ids,
-            model,
-            sampler,
-            settings.logprobs,
-            engine.costs.token_cost,
-            self.memory,
-        )
-        return Run(state, engine.arms, engine.selector, engine.drafters, lag=int(model.device.type == "cuda"))
+        workspace = engine.workspaces.find(len(self.prompts), max(limits), len(stop_ids)) if engine.workspaces else None
+        rows = len(self.prompts) if workspace is None else len(workspace.state.tokens)
+        prompts = [*self.prompts, *[[0]] * (rows - len(self.prompts))]
+        sampler = make_sampler(settings, prompts, stop_ids, model.vocab_size, self.seed, model.device)
+        batch = (settings.logprobs, engine.costs.token_cost, self.memory)
+        if workspace is None:
+            state = DecodeState.create(prompts, limits, stop_ids, model, sampler, *batch)
+        else:
+            state = workspace.admit(self.prompts, limits, stop_ids, sampler, *batch)
+        lag = int(model.device.type == "cuda")
+        return Run(state, engine.arms, engine.selector, engine.drafters, lag, workspace=workspace)
 
     def _end(self, run: Run) -> None:
-        state = run.state
-        if self.memory is not None:  # a drafter that failed may have left its cache half written
-            self.memory.keep(state.texts[0], state.readers[:1] if run.broken else state.readers)
+        texts = run.state.texts[: len(self.prompts)]
+        if run.workspace is not None:
+            run.workspace.release(bool(run.broken))
+        elif self.memory is not None:  # a drafter that failed may have left its cache half written
+            self.memory.keep(texts[0], run.state.readers[:1] if run.broken else run.state.readers)
         for drafter in self.engine.drafters.values():
-            drafter.learn(state.texts)
+            drafter.learn(texts)
 
 
 class Conversation:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from warnings import warn
 
 import torch
@@ -14,9 +15,10 @@ import torch
 from flashspec.bandit import DraftSelector
 from flashspec.core import PLAIN, Arm, Draft, FinishReason, RowStep, StepRecord, TokenLogprobs
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
-from flashspec.engine.outcome import Outcome
+from flashspec.engine.outcome import Letter, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import step
+from flashspec.engine.workspace import Workspace
 
 
 @dataclass(slots=True)
@@ -41,7 +43,8 @@ class _Flight:
 
     arm_index: int | None
     arm: Arm
-    outcome: Outcome
+    width: int  # the most tokens that a row may have grown by
+    letter: Letter
     started: float
     active: list[bool]
 
@@ -53,9 +56,9 @@ class DrafterFailed(Exception):
 class _Guarded(Proposer):
     """A proposer whose exceptions can be told from those of the target."""
 
-    def __init__(self, drafter: Drafter, context: DraftContext) -> None:
+    def __init__(self, start: Callable[[], Proposer]) -> None:
         with _blaming_the_drafter():
-            self.inner = drafter.start(context)
+            self.inner = start()
 
     def prepare(self, context: DraftContext) -> None:
         with _blaming_the_drafter():
@@ -79,7 +82,8 @@ class Run:
 
     Proposers start lazily, so that a drafter which is never chosen costs nothing. A drafter that raises or drafts NaN
     is out for the rest of the run, and the step is taken without it. lag: how many steps the host may be behind the
-    device: 0 where reading a result is free, 1 on a GPU; drafters that work on the host wait for the news.
+    device: 0 where reading a result is free, 1 on a GPU; drafters that work on the host wait for the news. workspace:
+    where the state comes from, if it is a GPU's; it takes the steps.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class Run:
         drafters: Mapping[str, Drafter],
         lag: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        workspace: Workspace | None = None,
     ) -> None:
         self.state = state
+        self.workspace = workspace
         self.arms = arms
         self.selector = selector
         self.drafters = drafters
@@ -134,7 +140,7 @@ class Run:
         if self.lag:
             self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
-        return _Flight(arm_index, arm, outcome, started, list(state.active))
+        return _Flight(arm_index, arm, outcome.width, outcome.post(), started, list(state.active))
 
     def _choose(self) -> int | None:
         if all(self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -143,10 +149,16 @@ class Run:
 
     def _attempt(self, arm: Arm) -> Outcome:
         if arm.drafter not in self.proposers:
-            self.proposers[arm.drafter] = _Guarded(self.drafters[arm.drafter], self.state)
+            self.proposers[arm.drafter] = _Guarded(partial(self._start, arm.drafter))
         proposer = self.proposers[arm.drafter]
+        if self.workspace is not None:
+            return self.workspace.take(arm, proposer, bool(arm.length) and self.drafters[arm.drafter].on_host)
         proposer.prepare(self.state)
         return step(self.state, proposer, arm.length)
+
+    def _start(self, name: str) -> Proposer:
+        drafter = self.drafters[name]
+        return drafter.start(self.state) if self.workspace is None else self.workspace.proposer(name, drafter)
 
     def _advance(self, emitted: int) -> None:
         for reader in self.state.readers:
@@ -170,7 +182,7 @@ class Run:
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
-        fetched = flight.outcome.fetch()  # waits for the device
+        fetched = flight.letter.fetch()  # waits for the device
         now = self.clock()
         seconds, self._landed = now - max(flight.started, self._landed), now
         outputs, steps = [], []
@@ -188,7 +200,7 @@ class Run:
 
     def _settle(self, flight: _Flight, record: StepRecord) -> None:
         state = self.state
-        ahead = sum(flight.outcome.width for flight in self.flights)
+        ahead = sum(flight.width for flight in self.flights)
         state.bound = min(max(map(len, state.texts)) + ahead, state.capacity)
         if not self.lag:
             self._advance(max((row.emitted for row in record.rows), default=0))

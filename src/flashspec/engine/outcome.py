@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,9 @@ class Logprobs:
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(count, logits.shape[-1]), dim=-1)
         return cls(token_ids, logprobs.gather(-1, token_ids[..., None])[..., 0], top.indices, top.values)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Logprobs:
+        return Logprobs(*(change(tensor) for tensor in (self.token_ids, self.chosen, self.top_ids, self.top)))
 
     def fetch(self) -> list[list[TokenLogprobs]]:
         columns = (self.token_ids, self.chosen, self.top_ids, self.top)
@@ -79,8 +83,21 @@ class Outcome:
         """The most tokens that a row may have grown by."""
         return self.packed.shape[1] - HEAD
 
-    def fetch(self) -> list[RowNews]:
-        """Read it; waits for the device."""
+    def post(self) -> Letter:
+        """Send it to the host; from a GPU through pinned memory, beside whatever the device does next."""
+        if self.packed.device.type == "cpu":
+            return Letter(self, None)
+
+        def send(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+        sent = Outcome(send(self.packed), None if self.logprobs is None else self.logprobs.map(send))
+        arrived: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return Letter(sent, arrived)
+
+    def read(self) -> list[RowNews]:
+        """What it says, row by row; of an outcome on the host."""
         packed = self.packed.tolist()
         logprobs = [[]] * len(packed) if self.logprobs is None else self.logprobs.fetch()
         return [
@@ -96,3 +113,17 @@ class Outcome:
                 packed, logprobs, strict=True
             )
         ]
+
+
+@dataclass(slots=True)
+class Letter:
+    """An outcome on its way to the host."""
+
+    outcome: Outcome
+    arrived: torch.cuda.Event | None
+
+    def fetch(self) -> list[RowNews]:
+        """Wait for it and read it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.outcome.read()

@@ -13,6 +13,11 @@ from flashspec.models.reader import Reader
 ROUND = 1024  # slots that a cache grows by
 
 
+def shared_length(text: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+
+
 class PrefixCache:
     """One row's text and the readers that have read it. A reader is lent to one run at a time."""
 
@@ -29,10 +34,7 @@ class PrefixCache:
         if reader is None:
             reader = Reader(model, 1, room, lag)
         reader.grow(room)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._text, text, strict=False)))
-        kept = min(read, shared, len(text) - 1)
-        reader.cached.fill_(kept)
-        reader.stale = bound - 1 - kept
+        reader.restart(bound, min(read, shared_length(self._text, text), len(text) - 1))
         return reader
 
     def keep(self, text: Sequence[int], readers: Sequence[Reader]) -> None:

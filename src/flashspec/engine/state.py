@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from flashspec.core import Draft, FinishReason, Verdict
 from flashspec.engine.outcome import Logprobs, Outcome
-from flashspec.engine.prefix import PrefixCache
+from flashspec.engine.prefix import PrefixCache, shared_length
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
+CHUNK = 16  # tokens of a captured catching up
 
 
 @dataclass(slots=True)
@@ -23,8 +24,10 @@ class DecodeState:
     """B rows of text, left-aligned in tokens (B, capacity + SLACK) int64; what lies behind lengths is garbage.
 
     lengths, limits, finish: (B,) int64, the committed length, the length at which a row ends, a FinishReason.
-    stop_ids: (K,) int64. num_logprobs: None, or how many top tokens to report. readers: the caches, the target's first.
-    The rest is the host's view: bound >= every length, texts the committed tokens, active the rows still being written.
+    stop_ids: (B, K) int64, padded with -1. num_logprobs: None, or how many top tokens to report. readers: the caches,
+    the target's first. The rest is the host's view: bound >= every length, texts the committed tokens, active the rows
+    still being written. `allocate` makes the tensors, `admit` begins a batch in them, so that they may outlive it.
+    capture: runs work on the device, by name; where it is set the work is a CUDA graph from its second time on.
     """
 
     tokens: Tensor
@@ -33,17 +36,36 @@ class DecodeState:
     finish: Tensor
     stop_ids: Tensor
     capacity: int
-    sampler: Sampler
-    num_logprobs: int | None
-    bound: int
-    texts: list[list[int]]
-    active: list[bool]
+    model: LanguageModel
+    bound: int = 1
+    sampler: Sampler = field(init=False)
+    num_logprobs: int | None = None
+    texts: list[list[int]] = field(default_factory=list)
+    active: list[bool] = field(default_factory=list)
     token_cost: float = 0.1
     memory: PrefixCache | None = None
     readers: list[Reader] = field(default_factory=list)
+    capture: Callable[[str, Callable[[], None]], None] | None = None
 
     @classmethod
     @torch.inference_mode()
+    def allocate(cls, model: LanguageModel, rows: int, capacity: int, num_stops: int) -> DecodeState:
+        """Room for rows of `capacity` tokens with so many stop tokens each; all of them vacant."""
+
+        def column(value: int) -> Tensor:
+            return torch.full((rows,), value, dtype=torch.int64, device=model.device)
+
+        return cls(
+            tokens=torch.zeros(rows, capacity + SLACK, dtype=torch.int64, device=model.device),
+            lengths=column(1),
+            limits=column(1),
+            finish=column(FinishReason.CANCELLED),
+            stop_ids=torch.full((rows, num_stops), -1, dtype=torch.int64, device=model.device),
+            capacity=capacity,
+            model=model,
+        )
+
+    @classmethod
     def create(
         cls,
         prompts: Sequence[Sequence[int]],
@@ -55,29 +77,49 @@ class DecodeState:
         token_cost: float = 0.1,
         memory: PrefixCache | None = None,
     ) -> DecodeState:
-        """Rows of prompt ids, none empty, each with the text length at which it must stop. memory: a conversation's
-        caches, for a single row."""
-        device, rows, capacity = model.device, len(prompts), max(limits)
-        tokens = torch.zeros(rows, capacity + SLACK, dtype=torch.int64, device=device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64, device=device)
-        state = cls(
-            tokens=tokens,
-            lengths=torch.tensor([len(prompt) for prompt in prompts], device=device),
-            limits=torch.tensor(list(limits), device=device),
-            finish=torch.zeros(rows, dtype=torch.int64, device=device),
-            stop_ids=torch.tensor(list(stop_ids), dtype=torch.int64, device=device),
-            capacity=capacity,
-            sampler=sampler,
-            num_logprobs=num_logprobs,
-            bound=max(map(len, prompts)),
-            texts=[list(prompt) for prompt in prompts],
-            active=[True] * rows,
-            token_cost=token_cost,
-            memory=memory,
-        )
-        state._open_reader(model, lag=0)
+        """A state of one batch's own."""
+        state = cls.allocate(model, len(prompts), max(limits), len(stop_ids))
+        state.admit(prompts, limits, stop_ids, sampler, num_logprobs, token_cost, memory)
         return state
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        num_logprobs: int | None = None,
+        token_cost: float = 0.1,
+        memory: PrefixCache | None = None,
+    ) -> None:
+        """Begin a batch: rows of prompt ids, none empty, each with the text length at which it must stop; rows beyond
+        them stay vacant. memory: a conversation's caches, for a single row."""
+        vacant = len(self.tokens) - len(prompts)
+        texts = [list(prompt) for prompt in prompts] + [[0] for _ in range(vacant)]
+        width = max(map(len, texts))
+        padded = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        stops = [*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))]
+        self.tokens[:, :width] = padded.to(self.tokens.device)
+        self.lengths.copy_(torch.tensor([len(text) for text in texts]))
+        self.limits.copy_(torch.tensor([*limits, *[1] * vacant]))
+        self.finish.copy_(torch.tensor([FinishReason.RUNNING] * len(prompts) + [FinishReason.CANCELLED] * vacant))
+        self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int64))
+        kept = self._shared_with(texts[0], memory)
+        self.texts, self.active, self.bound = texts, [True] * len(prompts) + [False] * vacant, width
+        self.sampler, self.num_logprobs, self.token_cost, self.memory = sampler, num_logprobs, token_cost, memory
+        for reader, length in zip(self.readers, kept, strict=True):
+            reader.restart(width, length)
+        if not self.readers:
+            self._open_reader(self.model, lag=0)
+
+    def _shared_with(self, prompt: list[int], memory: PrefixCache | None) -> list[int]:
+        """How much of a prompt each reader still holds: something where it goes on with the same conversation."""
+        if memory is None or memory is not self.memory:
+            return [0] * len(self.readers)
+        text = self.texts[0]
+        shared = min(shared_length(text, prompt), len(prompt) - 1)
+        return [min(max(0, len(text) - 1 - reader.stale), shared) for reader in self.readers]
 
     @property
     def target(self) -> Reader:
@@ -88,17 +130,29 @@ class DecodeState:
 
     def _open_reader(self, model: LanguageModel, lag: int) -> Reader:
         capacity = min(self.capacity, model.max_context)
-        if self.memory is not None:
+        if self.memory is not None and self.capture is None:
             reader = self.memory.borrow(model, self.texts[0], self.bound, capacity, lag)
         else:
             reader = Reader(model, len(self.texts), capacity, lag)
-            reader.stale = self.bound - 1
+            reader.restart(self.bound)
         self.readers.append(reader)
         return reader
 
+    def catch_up(self, reader: Reader) -> None:
+        """Have a model read what it has not seen of the text."""
+        if self.capture is None or reader.stale > 8 * CHUNK:
+            reader.catch_up(self.tokens, self.lengths, self.bound)
+        reader.joins_step()
+        while self.capture is not None and reader.stale > reader.lag:
+            self.capture(
+                f"catch up {self.readers.index(reader)}",
+                lambda: reader.read_on(self.tokens, self.lengths, self.bound, CHUNK),
+            )
+            reader.stale = max(reader.stale - CHUNK, 0)
+
     def prepare(self) -> None:
         """Prefill, or nothing: the target has read all but the last committed token when a step begins."""
-        self.target.catch_up(self.tokens, self.lengths, self.bound)
+        self.catch_up(self.target)
 
     def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
         return self.sampler.choose(logits, self.lengths + offset)
@@ -125,7 +179,7 @@ class DecodeState:
         running = self.finish == FinishReason.RUNNING
         growing = running & ~failed
         num_emitted = torch.minimum(verdict.num_accepted + 1, self.limits - self.lengths)
-        stops = (emitted[..., None] == self.stop_ids).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
+        stops = (emitted[..., None] == self.stop_ids[:, None]).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
         before_stop = (stops.long().cumsum(1) == 0).sum(1)  # tokens ahead of the first stop token
         num_emitted = torch.minimum(num_emitted, before_stop + 1) * growing
         lengths = self.lengths + num_emitted

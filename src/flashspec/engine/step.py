@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashspec.core import Draft
 from flashspec.drafters.base import Proposer
 from flashspec.engine.outcome import Outcome
 from flashspec.engine.state import DecodeState
@@ -9,7 +10,12 @@ from flashspec.engine.state import DecodeState
 
 def step(state: DecodeState, proposer: Proposer, length: int) -> Outcome:
     """Draft at most `length` tokens a row, score them in one target forward, keep what the exact test keeps."""
-    draft = proposer.propose(state, length)  # token_ids (B, γ)
+    return verify(state, proposer.propose(state, length))  # token_ids (B, γ)
+
+
+def verify(state: DecodeState, draft: Draft) -> Outcome:
+    """The part of a step that follows a draft, whoever wrote it."""
+    draft = draft.to(state.tokens.device)
     logits = state.score(draft)  # (B, γ + 1, V)
     verdict, failed = state.sampler.verify(logits, draft, state.lengths)  # num_accepted, next_token (B,)
     return state.commit(draft, verdict, failed, logits)

@@ -31,16 +31,30 @@ class Reader:
         torch.add(positions[:, -1], 1, out=self.cached)
         return hidden
 
+    def read_on(self, tokens: Tensor, lengths: Tensor, bound: int, size: int) -> None:
+        """Read the next `size` of tokens (B, T); rows near their last token, (B,) lengths, wait there."""
+        positions = self.cached[:, None] + torch.arange(size, device=self.cached.device)
+        positions = torch.minimum(positions, lengths[:, None] - 1)  # (B, size)
+        self.read(tokens.gather(1, positions), positions, bound)
+        self.rewind(lengths)
+
     def catch_up(self, tokens: Tensor, lengths: Tensor, bound: int, chunk: int = 512) -> None:
         """Be ready for a step: read tokens (B, T) up to the last committed one, exclusive, in chunks."""
-        self._takes_part = True
+        self.joins_step()
         while self.stale > self.lag:
             size = min(self.stale, chunk)
-            positions = self.cached[:, None] + torch.arange(size, device=self.cached.device)
-            positions = positions.clamp(max=bound - 1)  # (B, size), where shorter rows wait for the longest
-            self.read(tokens.gather(1, positions), positions, bound)
-            self.rewind(lengths)
+            self.read_on(tokens, lengths, bound, size)
             self.stale -= size
+
+    def joins_step(self) -> None:
+        """The host's note that the next step will leave this reader only `lag` behind."""
+        self._takes_part = True
+
+    def restart(self, bound: int, kept: int = 0) -> None:
+        """Begin a text of at most `bound` tokens, of which the first `kept` are in the cache already."""
+        self.cached.fill_(kept)
+        self.stale = bound - 1 - kept
+        self._takes_part = False
 
     def grow(self, capacity: int) -> None:
         """Make room for at least so many tokens; what was read stays."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,28 @@ class Sampler:
     config: SamplingConfig
     transforms: Transforms
     seeds: Tensor
+
+    def signature(self) -> Hashable:
+        """Equal for samplers whose steps are the same operations on other numbers."""
+        config = self.config
+        described = tuple((name, _describe(value)) for name, value in self._parts())
+        return config.variant, config.typical_epsilon, config.typical_delta, described
+
+    def clone(self) -> Sampler:
+        """A copy with tensors of its own."""
+        copies: dict[str, Any] = {name: value.clone() for name, value in self._parts() if isinstance(value, Tensor)}
+        return Sampler(self.config, seeds=copies.pop("seeds"), transforms=replace(self.transforms, **copies))
+
+    def assign(self, other: Sampler) -> None:
+        """Take the numbers of a sampler of the same signature, in place."""
+        self.config = other.config
+        for (_, mine), (_, theirs) in zip(self._parts(), other._parts(), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        transforms = self.transforms
+        return [("seeds", self.seeds), *((f.name, getattr(transforms, f.name)) for f in fields(transforms))]
 
     def choose(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """A draft token for text position (B,) from a drafter's logits (B, V), and the log-weights it was drawn from;
@@ -58,6 +81,10 @@ class Sampler:
             shifted, draft.token_ids, draft.lengths, draft.logits, self.seeds, lengths, temperature, variant
         )
         return Verdict(num_accepted, next_token), failed
+
+
+def _describe(value: Any) -> Hashable:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def make_sampler(

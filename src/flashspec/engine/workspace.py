@@ -1,0 +1,241 @@
+"""What outlives a request on a GPU: a state of fixed capacity, and every step over it as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol
+from warnings import warn
+
+import torch
+
+from flashspec.core import PLAIN, Arm, Draft
+from flashspec.drafters.base import Drafter, NoDraft, Proposer
+from flashspec.engine.outcome import Outcome
+from flashspec.engine.prefix import PrefixCache
+from flashspec.engine.state import DecodeState
+from flashspec.engine.step import step, verify
+from flashspec.models.base import LanguageModel
+from flashspec.sampling.sampler import Sampler
+
+Work = Callable[[], None]
+WIDTHS = (0, 4, 8, 16, 32, 64)  # the columns of a draft that the host wrote, rounded up, so that few graphs are needed
+
+
+class Capture(Protocol):
+    """Records work on the device without doing it; what it returns does it."""
+
+    def __call__(self, work: Work) -> Work: ...
+
+
+class CudaGraphs:
+    """Captures into CUDA graphs that share their memory, since one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return graph.replay
+
+
+class Workspace:
+    """Rows of one capacity, lent to one batch at a time.
+
+    The first time that a step (of an arm, under settings that need the same operations) is taken it runs as it is,
+    which compiles what has to be compiled; the second time it is captured, from then on replayed. Work that cannot be
+    captured goes on running as it is, and a warning says so once.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        arms: Sequence[Arm],
+        drafters: Mapping[str, Drafter],
+        size: tuple[int, int, int],
+        capture: Capture,
+    ) -> None:
+        """size: rows, their capacity, stop tokens a row."""
+        self.state = DecodeState.allocate(model, *size)
+        self.state.capture = self._run
+        self.arms = arms
+        self.drafters = drafters
+        self._record = capture
+        self._proposers: dict[str, Proposer] = {}
+        self._samplers: dict[Hashable, Sampler] = {}
+        self._settings: Hashable = None
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, Work] = {}
+        self._outcomes: dict[Hashable, Outcome] = {}
+        self._given: dict[int, Draft] = {}
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        num_logprobs: int | None,
+        token_cost: float,
+        memory: PrefixCache | None,
+    ) -> DecodeState:
+        """Begin a batch; the sampler must have as many rows as the workspace. Settings that are new here are warmed up
+        first: every arm is compiled and captured."""
+        signature, state = sampler.signature(), self.state
+        self._settings = signature, num_logprobs
+        if signature not in self._samplers:
+            self._samplers[signature] = sampler.clone()
+        known = self._samplers[signature]
+        if (self._settings, PLAIN) not in self._seen:
+            rows = len(state.tokens)
+            state.admit([[0] * 4] * rows, [state.capacity] * rows, (), known, num_logprobs, token_cost)
+            with self._over_all_slots():
+                self._warm_up()
+        known.assign(sampler)
+        state.admit(prompts, limits, stop_ids, known, num_logprobs, token_cost, memory)
+        return state
+
+    def release(self, broken: bool) -> None:
+        """The batch is over. broken: a drafter failed, and may have left its cache half written."""
+        for reader in self.state.readers[1:] if broken else ():
+            reader.stale = self.state.bound
+
+    def proposer(self, name: str, drafter: Drafter) -> Proposer:
+        """The proposer that graphs of this workspace hold; one that works on the host begins anew with every batch."""
+        if drafter.on_host:
+            return drafter.start(self.state)
+        if name not in self._proposers:
+            self._proposers[name] = drafter.start(self.state)
+        return self._proposers[name]
+
+    def take(self, arm: Arm, proposer: Proposer, on_host: bool) -> Outcome:
+        """One step of an arm."""
+        state = self.state
+        proposer.prepare(state)
+        if not on_host:
+            return self._step((self._settings, arm), lambda: step(state, proposer, arm.length))
+        draft = proposer.propose(state, arm.length)
+        if draft.logits is not None or draft.faulty is not None:
+            return verify(state, draft)  # of a class that only has generate_draft: outside the graphs
+        return self._verify_given(draft)
+
+    def _warm_up(self) -> None:
+        rows, longest = len(self.state.tokens), 0
+        self.state.prepare()
+        for arm in (PLAIN, *self.arms):
+            drafter = self.drafters[arm.drafter] if arm.length else None
+            if drafter is not None and drafter.on_host:
+                longest = max(longest, arm.length)
+                continue
+            with suppress(Exception):  # a drafter that fails will say so to the request that asks for it
+                proposer = NoDraft() if drafter is None else self.proposer(arm.drafter, drafter)
+                for _ in range(2):
+                    for reader in self.state.readers[1:]:
+                        reader.stale = reader.lag + 1  # catching up is captured too
+                    self.take(arm, proposer, on_host=False)
+        for width in WIDTHS[1 : WIDTHS.index(round_up(longest)) + 1]:
+            for _ in range(2):
+                self._verify_given(Draft(torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows).long()))
+
+    def _verify_given(self, draft: Draft) -> Outcome:
+        """Verify a draft on the host by copying it to where a graph reads it."""
+        rows, width = draft.token_ids.shape
+        room = round_up(width)
+        if not room:
+            return self._step((self._settings, PLAIN), lambda: verify(self.state, self._room(0)))
+        to, device = self._room(room), self.state.tokens.device
+        packed = torch.zeros(rows, room + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        packed[:, :width], packed[:, room] = draft.token_ids, draft.lengths
+        sent = packed.to(device, non_blocking=True)
+        to.token_ids.copy_(sent[:, :room])
+        to.lengths.copy_(sent[:, room])
+        return self._step((self._settings, f"a draft of {room} tokens"), lambda: verify(self.state, to))
+
+    def _room(self, width: int) -> Draft:
+        if width not in self._given:
+            rows, device = len(self.state.tokens), self.state.tokens.device
+            token_ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
+            self._given[width] = Draft(token_ids, torch.zeros(rows, dtype=torch.int64, device=device))
+        return self._given[width]
+
+    def _step(self, key: Hashable, work: Callable[[], Outcome]) -> Outcome:
+        def keep() -> None:
+            self._outcomes[key] = work()
+
+        self._run(key, keep)
+        return self._outcomes[key]
+
+    def _run(self, key: Hashable, work: Work) -> None:
+        if key in self._captured:
+            self._captured[key]()
+        elif key not in self._seen:
+            self._seen.add(key)
+            work()
+        else:
+            self._captured[key] = self._capture(key, work)
+            self._captured[key]()
+
+    def _capture(self, key: Hashable, work: Work) -> Work:
+        try:
+            with self._over_all_slots():
+                return self._record(work)
+        except Exception as error:
+            name = key[1] if isinstance(key, tuple) else key
+            reason = str(error).partition("\n")[0]
+            warn(f"{name} cannot be captured and runs without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
+            return work
+
+    @contextmanager
+    def _over_all_slots(self) -> Iterator[None]:
+        """A graph cannot know how long the texts will be."""
+        bound, self.state.bound = self.state.bound, self.state.capacity
+        try:
+            yield
+        finally:
+            self.state.bound = bound
+
+
+def round_up(width: int) -> int:
+    return next(room for room in WIDTHS if room >= width)
+
+
+class Workspaces:
+    """An engine's workspaces by size, each rounded up so that few are needed; the least recently used are dropped."""
+
+    MOST = 4
+
+    def __init__(
+        self, model: LanguageModel, arms: Sequence[Arm], drafters: Mapping[str, Drafter], capture: Capture
+    ) -> None:
+        self.model = model
+        self.arms = arms
+        self.drafters = drafters
+        self.capture = capture
+        self._kept: dict[tuple[int, int, int], Workspace] = {}
+
+    def find(self, rows: int, capacity: int, num_stops: int) -> Workspace:
+        """A workspace with room for as much."""
+        size = (
+            power_of_two(rows),
+            min(power_of_two(max(capacity, 1024)), self.model.max_context),
+            4 * max(1, -(-num_stops // 4)),
+        )
+        found = self._kept.pop(size, None) or Workspace(self.model, self.arms, self.drafters, size, self.capture)
+        while len(self._kept) >= self.MOST:
+            del self._kept[next(iter(self._kept))]
+        self._kept[size] = found
+        return found
+
+
+def power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,179 @@
+"""Steps over a state that outlives requests, with a capture that stands in for CUDA graphs: it repeats the work with
+the host's numbers as they were when it was recorded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from decoding import EVERY_ARM, TakingTurns, every_drafter
+from fakes import MarkovModel, greedy_text
+
+from flashspec import FlashSpecConfig, SpeculativeEngine
+from flashspec.core import Arm
+from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
+from flashspec.engine.workspace import Workspaces
+from flashspec.models.loading import LoadedModel
+
+TARGET = MarkovModel.random(7, seed=11, max_context=2000)
+PROMPTS = [[1, 2, 3, 1, 2], [4], [5, 5, 6, 0, 1, 2, 3, 4, 5]]
+Work = Callable[[], None]
+
+
+class Recorder:
+    """Counts what it records; `workspaces` is set once they exist."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.recorded = 0
+        self.refuses = refuses
+        self.workspaces: Workspaces | None = None
+
+    def __call__(self, work: Work) -> Work:
+        if self.refuses:
+            raise RuntimeError("operation not permitted\nwhen capturing")
+        self.recorded += 1
+        bounds = {id(w.state): w.state.bound for w in self.workspaces._kept.values()}
+
+        def replay() -> None:
+            states = [w.state for w in self.workspaces._kept.values() if id(w.state) in bounds]
+            now = [state.bound for state in states]
+            for state in states:
+                state.bound = bounds[id(state)]
+            work()
+            for state, bound in zip(states, now, strict=True):
+                state.bound = bound
+
+        return replay
+
+
+def engine_of(arms: tuple[str, ...] = EVERY_ARM, refuses: bool = False, **drafters: Drafter) -> Any:
+    named = {**every_drafter(TARGET), **drafters}
+    config = FlashSpecConfig(device="cpu", sampling={"temperature": 0.0})
+    used = {Arm.parse(arm).drafter: named[Arm.parse(arm).drafter] for arm in arms if arm != "plain"}
+    for name, drafter in used.items():
+        drafter.name = name
+    loaded = LoadedModel(TARGET, None, (), "target")
+    engine = SpeculativeEngine(config, list(used.values()), loaded, TakingTurns(len(arms)), arms=arms)
+    recorder = Recorder(refuses)
+    engine.workspaces = recorder.workspaces = Workspaces(TARGET, engine.arms, engine.drafters, recorder)
+    return engine, recorder
+
+
+def rows(result: Any) -> list[list[int]]:
+    return [[token for token in row if token >= 0] for row in result.output_ids.tolist()]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_requests_of_many_sizes_share_a_workspace(prompts: list[list[int]]) -> None:
+    engine, recorder = engine_of()
+    for count in (40, 7, 23):
+        expected = [greedy_text(TARGET, prompt, count) for prompt in prompts]
+        assert rows(engine.generate(prompts, count)) == expected
+    assert len(engine.workspaces._kept) == 1
+    recorded = recorder.recorded
+    engine.generate(prompts, 30)
+    assert recorder.recorded == recorded > len(set(EVERY_ARM))
+
+
+def test_a_longer_text_gets_a_larger_workspace() -> None:
+    engine, _ = engine_of(("plain", "model:4"))
+    for count in (40, 1500, 30):
+        assert rows(engine.generate(PROMPTS[:1], count)) == [greedy_text(TARGET, PROMPTS[0], count)]
+    assert [workspace.state.capacity for workspace in engine.workspaces._kept.values()] == [2000, 1024]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.8, "variant": "coupled"},
+        {"temperature": 1.2, "variant": "coupled", "top_k": 4, "top_p": 0.9},
+        {"temperature": 0.9, "variant": "coupled", "repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"temperature": 0.9, "variant": "coupled", "min_tokens": 9, "stop_token_ids": [3, 4, 5, 6, 0]},
+        {"logprobs": 3},
+    ],
+)
+def test_settings_change_from_request_to_request(settings: dict[str, Any]) -> None:
+    """Coupled text depends on seed, prompt and target alone."""
+    ours, _ = engine_of()
+    plain = SpeculativeEngine(ours.config, [], LoadedModel(TARGET, None, (), "target"), arms=["plain"])
+    for seed in (1, 2, 3):
+        for changes in (settings, {}, {**settings, "seed": seed + 10}):
+            options = {"seed": seed, **changes}
+            found, expected = (engine.generate(PROMPTS, 30, **options) for engine in (ours, plain))
+            assert rows(found) == rows(expected)
+            assert found.finish_reasons == expected.finish_reasons
+            if "logprobs" in changes:
+                pairs = zip(found.logprobs, expected.logprobs, strict=True)
+                assert all([a.token_id for a in x] == [b.token_id for b in y] for x, y in pairs)
+
+
+def test_a_conversation_reads_only_what_is_new() -> None:
+    engine, _ = engine_of(("plain", "model:2"))
+    read: list[int] = []
+    forward = TARGET.forward
+
+    class Counting(MarkovModel):
+        def forward(self, token_ids: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            read.append(token_ids.shape[1])
+            return forward(token_ids, *arguments, **options)
+
+    engine.target = engine.workspaces.model = Counting(TARGET.table, 2000)
+    talk = engine.conversation()
+    text = [1, 2, 3] * 100
+    for turn in range(3):
+        read.clear()
+        generation = engine.stream([text], 20, memory=talk.memory)
+        assert list(generation)
+        answer = rows(generation.result())[0]
+        assert answer == greedy_text(TARGET, text, 20)
+        if turn:
+            assert max(read) <= 16
+        text = [*text, *answer, 2, 4]
+    read.clear()
+    assert rows(engine.generate([text], 5))[0] == greedy_text(TARGET, text, 5)
+    assert max(read) > 300  # nobody else's text is looked at
+
+
+def test_what_cannot_be_captured_runs_as_it_is_and_says_so() -> None:
+    engine, _ = engine_of(("plain", "ngram:3"), refuses=True)
+    with pytest.warns(
+        RuntimeWarning, match="cannot be captured and runs without .*: operation not permitted$"
+    ):
+        found = rows(engine.generate(PROMPTS, 25))
+    assert found == [greedy_text(TARGET, prompt, 25) for prompt in PROMPTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows(engine.generate(PROMPTS, 25)) == found
+
+
+class Failing(Drafter):
+    name = "failing"
+
+    def start(self, context: DraftContext) -> Proposer:
+        raise ValueError("no such thing")
+
+
+def test_a_drafter_that_fails_is_set_aside() -> None:
+    engine, _ = engine_of(("plain", "failing:2", "model:2"), failing=Failing())
+    with pytest.warns(RuntimeWarning, match="'failing' is set aside"):
+        found = rows(engine.generate(PROMPTS, 25))
+    assert found == [greedy_text(TARGET, prompt, 25) for prompt in PROMPTS]
+
+
+def test_the_least_recently_used_workspace_goes_first() -> None:
+    engine, _ = engine_of(("plain",))
+    spaces = engine.workspaces
+    first, second = spaces.find(1, 10, 0), spaces.find(2, 10, 0)
+    assert spaces.find(1, 1000, 3) is first
+    for rows_wanted in (4, 8, 16):
+        spaces.find(rows_wanted, 10, 0)
+    assert spaces.find(1, 10, 0) is first and spaces.find(2, 10, 0) is not second
+
+
+def test_no_draft_proposes_nothing() -> None:
+    engine, _ = engine_of(("plain",))
+    state = engine.workspaces.find(2, 10, 0).state
+    assert NoDraft().propose(state, 0).token_ids.shape == (2, 0)
