@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test bench-quick lint format clean
+.PHONY: demo test test-gpu bench-quick lint format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term tests
+
+# On a machine with a GPU, in an environment whose torch has CUDA: make test-gpu TORCH=torch
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

@@ -34,6 +34,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._anchor = self(lambda: torch.zeros(1, device=device).zero_())  # a pool dies with its last graph
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()

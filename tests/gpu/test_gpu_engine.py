@@ -1,0 +1,224 @@
+"""Whole steps as CUDA graphs: the text of eager decoding and of transformers, no synchronisation, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from fakes import MarkovModel
+from small_models import llama
+from statistics_of_text import g_test, joint_distribution
+from torch import Tensor
+
+from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.drafters.model import ModelDrafter
+from flashspec.engine.loop import Run
+from flashspec.models.base import KVCache
+from flashspec.models.loading import LoadedModel, load_model
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+CUDA = torch.device("cuda:0")
+PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7], [9, 8, 9, 8, 9, 8, 9, 8]]
+ARMS = (["plain"], ["ngram:4"], ["suffix:16"], ["early-exit:2"], ["near:3"], ["plain", "ngram:2", "suffix:8", "near:4"])
+
+
+def model_of() -> Any:
+    shape = {"num_hidden_layers": 4, "head_dim": 64, "max_position_embeddings": 2048, "eos_token_id": None}
+    return llama(vocab_size=400, **shape).to(CUDA)
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def near(target: Any) -> ModelDrafter:
+    """A copy with noise on its weights, so that it is right now and then."""
+    other = model_of()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    return ModelDrafter(load_model(other).model, "near")
+
+
+def engine_of(
+    target: Any, near: ModelDrafter, arms: list[str], eager: bool = False, **settings: Any
+) -> SpeculativeEngine:
+    loaded = target if isinstance(target, LoadedModel) else load_model(target)
+    names = {arm.rpartition(":")[0] for arm in arms} - {""}
+    drafters = [near if name == "near" else name for name in sorted(names)]
+    config = FlashSpecConfig(
+        device="cuda", bandit={"strategy": "auto", "seed": 0}, sampling={"temperature": 0.0, **settings}
+    )
+    engine = SpeculativeEngine(config, drafters, loaded, arms=arms)
+    if eager:
+        engine.workspaces = None
+    return engine
+
+
+def rows(result: Any) -> list[list[int]]:
+    return [[token for token in row if token >= 0] for row in result.output_ids.tolist()]
+
+
+@torch.inference_mode()
+def transformers_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=CUDA)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("arms", ARMS, ids=str)
+def test_greedy_text_is_that_of_transformers_and_of_eager_steps(
+    target: Any, near: ModelDrafter, arms: list[str]
+) -> None:
+    expected = [transformers_greedy(target, prompt, 60) for prompt in PROMPTS]
+    engine = engine_of(target, near, arms)
+    for _ in range(2):  # the second time nothing is left to capture
+        assert rows(engine.generate(PROMPTS, 60)) == expected
+        assert [rows(engine.generate([prompt], 60))[0] for prompt in PROMPTS] == expected
+    assert rows(engine_of(target, near, arms, eager=True).generate(PROMPTS, 60)) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {3: 2.0}},
+    ],
+    ids=str,
+)
+def test_coupled_text_depends_on_the_target_alone(target: Any, near: ModelDrafter, settings: dict[str, Any]) -> None:
+    texts = []
+    for arms in ARMS:
+        engine = engine_of(target, near, arms, variant="coupled", temperature=0.9, seed=5, **settings)
+        texts.append(rows(engine.generate(PROMPTS, 40)))
+        assert [rows(engine.generate([prompt], 40))[0] for prompt in PROMPTS] == texts[0]
+    assert all(text == texts[0] for text in texts)
+
+
+@contextmanager
+def synchronising_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("arms", ARMS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_no_step_synchronises(
+    target: Any, near: ModelDrafter, arms: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(target, near, arms, temperature=temperature, seed=1)
+    engine.generate(PROMPTS, 60)
+    launch, strict = Run._launch, [0]
+
+    def strictly(self: Run, *arguments: Any) -> Any:
+        if not self.flights and not any(len(text) > len(p) for text, p in zip(self.state.texts, PROMPTS, strict=False)):
+            return launch(self, *arguments)  # a prefill may
+        strict[0] += 1
+        with synchronising_is_an_error():
+            return launch(self, *arguments)
+
+    monkeypatch.setattr(Run, "_launch", strictly)
+    assert [len(row) for row in rows(engine.generate(PROMPTS, 60))] == [60] * 3
+    assert strict[0] > 5
+
+
+class Markov(MarkovModel):
+    """On the GPU, without anything that reads back."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__(table.to(CUDA), max_context=64)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        empty = torch.full((1, batch_size, 1, capacity, 1), -1.0, device=CUDA)
+        return KVCache(empty, empty.clone())
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+    ) -> Tensor:
+        seen = cache.keys[0, :, 0, :, 0]
+        seen.scatter_(1, positions, token_ids.float())
+        last = seen.gather(1, positions).long()
+        before = torch.where(positions > 0, seen.gather(1, (positions - 1).clamp(min=0)).long(), 0)
+        return torch.stack([before if num_layers is None else before * 0, last], -1).float()
+
+
+@pytest.mark.parametrize("variant", ["rejection", "coupled"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.6}, {"top_k": 4, "top_p": 0.9}, {"repetition_penalty": 1.5}], ids=str
+)
+def test_tuples_follow_the_targets_joint_distribution(variant: str, settings: dict[str, Any]) -> None:
+    """10,000 rows in one batch, arms mixed by the adaptive selector."""
+    table = MarkovModel.random(6, seed=3).table
+    target, near = Markov(table), Markov(table + 0.7 * MarkovModel.random(6, seed=4).table)
+    arms = ["plain", "near:1", "near:3", "ngram:2", "early-exit:2"]
+    config = SamplingConfig(variant=variant, seed=7, **settings)
+    engine = engine_of(LoadedModel(target, None, (), "t"), ModelDrafter(near, "near"), arms, **config.model_dump())
+    prompt = [1, 2, 1, 2, 1]
+    texts = torch.tensor(rows(engine.generate([prompt] * 10_000, 3)))
+    cpu = MarkovModel(table)
+    exact = joint_distribution(lambda text: cpu.next_logits(text), config, prompt, 3, 6)
+    assert g_test(texts, exact) > 0.01 / 8
+
+
+class Spoilt(Drafter):
+    """Drafts from NaN after a while, inside the graph."""
+
+    name = "spoilt"
+
+    def start(self, context: DraftContext) -> Proposer:
+        class Proposes(Proposer):
+            def propose(self, context: DraftContext, length: int) -> Draft:
+                token_ids = context.tokens.gather(1, context.lengths[:, None] - 1).expand(-1, length).contiguous()
+                sound = context.lengths < 20
+                return Draft(token_ids, sound * length, None, ~sound)
+
+        return Proposes()
+
+
+def test_a_drafter_that_fails_inside_a_graph_is_set_aside(target: Any, near: ModelDrafter) -> None:
+    expected = [transformers_greedy(target, prompt, 40) for prompt in PROMPTS]
+    config = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0})
+    engine = SpeculativeEngine(config, [Spoilt(), near], load_model(target), arms=["plain", "spoilt:2", "near:2"])
+    with pytest.warns(RuntimeWarning, match="'spoilt' is set aside"):
+        assert rows(engine.generate(PROMPTS, 40)) == expected
+    with pytest.warns(RuntimeWarning, match="'spoilt' is set aside"):
+        assert rows(engine.generate(PROMPTS, 40)) == expected
+
+
+class Poisoned(Markov):
+    """NaN in the logits after token 5, for every row that writes it."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).masked_fill((hidden[..., 1] == 5)[..., None], float("nan"))
+
+
+def test_a_nan_row_ends_alone() -> None:
+    table = MarkovModel.random(6, seed=3).table
+    table[3, 1, 5] = 90.0  # after 3, 1 comes 5
+    prompts = [[1, 2, 1], [2, 3, 1], [4, 4]]
+    near = ModelDrafter(Markov(table), "near")
+    for arms in (["plain"], ["near:3"]):
+        engine = engine_of(LoadedModel(Poisoned(table), None, (), "t"), near, arms)
+        plain = engine_of(LoadedModel(Markov(table), None, (), "t"), near, arms, eager=True)
+        result, expected = engine.generate(prompts, 12), rows(plain.generate(prompts, 12))
+        for found, text, reason in zip(rows(result), expected, result.finish_reasons, strict=True):
+            end = text.index(5) + 1 if 5 in text else 12
+            assert found == text[:end] and reason == ("error" if 5 in text[:11] else "length")
+        assert "error" in result.finish_reasons
+        assert rows(engine.generate(prompts[:1], 12)) == rows(result)[:1]
