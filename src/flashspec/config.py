@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -94,7 +95,7 @@ class FlashSpecConfig(_Config):
 
     @model_validator(mode="after")
     def _device_is_known(self) -> FlashSpecConfig:
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}; it should be 'cpu', 'cuda' or 'cuda:N'")
         return self
 

@@ -83,6 +83,7 @@ def test_an_explanation_is_one_sentence() -> None:
         "sampling.temperature is -1: input should be greater than or equal to 0; "
         "sampling.top_p is 0: input should be greater than 0"
     )
-    with pytest.raises(ValidationError) as caught:
-        FlashSpecConfig(device="tpu")
-    assert explain(caught.value).endswith("device is 'tpu'; it should be 'cpu', 'cuda' or 'cuda:N'")
+    for device in ("tpu", "cpu:foo", "cuda:", "cuda:x"):
+        with pytest.raises(ValidationError) as caught:
+            FlashSpecConfig(device=device)
+        assert explain(caught.value).endswith(f"device is {device!r}; it should be 'cpu', 'cuda' or 'cuda:N'")

@@ -59,8 +59,12 @@ class EngineOptions:
     def load(self) -> SpeculativeEngine:
         """ValueError or FlashSpecError says what cannot be had."""
         with Waiting() as waiting:
+            import torch
+
+            from flashspec.models.loading import check_device
+
             config = self.config()
-            _check_device(config.device)
+            check_device(torch.device(config.device))
             return self._build(config, waiting)
 
     def _build(self, config: FlashSpecConfig, progress: Waiting) -> SpeculativeEngine:
@@ -103,14 +107,6 @@ def _load_drafter(source: str, load: Callable[[str], LoadedModel]) -> tuple[Lang
         known = ", ".join(list_drafters())
         raise FlashSpecError(f"drafter {source!r} is none of {known}, and no model: {error}") from None
     return loaded.model, loaded.name
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    known = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if device not in known and not (device == "cuda" and len(known) > 1):
-        raise ValueError(f"device is {device!r}; this machine has {', '.join(known)}")
 
 
 def model_options(command: Command) -> Command:

@@ -76,11 +76,21 @@ def load_model(
     if not isinstance(source, str | Path):
         return _from_transformers(source, device, dtype, progress)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(place)
     request = _Request(place, _dtype(dtype, torch.float32 if place.type == "cpu" else torch.bfloat16), progress)
     path = locate(source, progress)
     if path.is_dir():
         return _from_folder(path, str(source), request)
     return _from_gguf(path, request)
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError where this machine does not have it."""
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        known = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+        built = "" if torch.version.cuda or torch.version.hip else "; this build of torch knows no GPU"
+        raise ValueError(f"device is {str(device)!r}; this machine has {known}{built}")
 
 
 def locate(source: str | Path, progress: Progress = silent) -> Path:
