@@ -16,7 +16,7 @@ from flashspec.sampling.noise import Purpose
 from flashspec.sampling.sampler import make_sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VARIANTS = ["rejection", "coupled", "greedy"]
+VARIANTS = ["rejection", "coupled", "typical", "greedy"]
 
 if TRITON_AVAILABLE:
     from flashspec.kernels import fused
@@ -37,6 +37,7 @@ def problem(
     vocab_size: int,
     dtype: torch.dtype = torch.float32,
     one_hot: bool = False,
+    cut: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Ragged drafts close to the target, tokens drawn from them, so that lengths of every kind are accepted."""
@@ -54,6 +55,7 @@ def problem(
     lengths = torch.randint(0, gamma + 1, (batch_size,), generator=generator)
     lengths[::2] = gamma
     temperature = torch.tensor([1.0, 0.7, 0.0, 1.3]).repeat(batch_size)[:batch_size]
+    floors = torch.where(torch.rand(batch_size, gamma + 1, generator=generator) < 0.5, 1.0, -math.inf)
     arguments = {
         "target_logits": target.to(dtype),
         "draft_token_ids": token_ids,
@@ -62,13 +64,15 @@ def problem(
         "seeds": torch.randint(2**62, (batch_size,), generator=generator),
         "lengths": torch.randint(2**33, (batch_size,), generator=generator),
         "temperature": temperature,
+        "floors": floors if cut else None,
     }
     return {name: value if value is None else value.to(DEVICE) for name, value in arguments.items()}
 
 
 def assert_equals_twin(arguments: dict[str, Any], variant: str) -> tuple[Tensor, Tensor, Tensor]:
-    found = fused.verify_logits(**arguments, variant=variant)
-    num_accepted, next_token, failed = reference_fused.verify_logits(**arguments, variant=variant)
+    thresholds = {"epsilon": 0.09, "delta": 0.3}
+    found = fused.verify_logits(**arguments, variant=variant, **thresholds)
+    num_accepted, next_token, failed = reference_fused.verify_logits(**arguments, variant=variant, **thresholds)
     assert [tensor.dtype for tensor in found] == [torch.int64, torch.int64, torch.bool]
     assert torch.equal(found[2], failed)
     assert torch.equal(found[0], num_accepted)
@@ -79,25 +83,34 @@ def assert_equals_twin(arguments: dict[str, Any], variant: str) -> tuple[Tensor,
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("variant", "one_hot"), [("rejection", False), ("rejection", True), ("coupled", True), ("greedy", True)]
+    ("variant", "one_hot", "cut"),
+    [
+        ("rejection", False, False),
+        ("rejection", False, True),
+        ("rejection", True, False),
+        ("coupled", True, True),
+        ("typical", True, False),
+        ("typical", True, True),
+        ("greedy", True, False),
+    ],
 )
 @pytest.mark.parametrize(
     ("batch_size", "gamma", "vocab_size", "dtype"),
     [
-        (8, 1, 100, torch.float32),
-        (4, 5, 100, torch.bfloat16),
+        (4, 1, 100, torch.float32),
+        (2, 4, 100, torch.bfloat16),
         (1, 16, 100, torch.float16),
-        (3, 2, 1025, torch.float32),
-        (2, 2, 8193, torch.float32),
-        (1, 2, 10_000, torch.bfloat16),
+        (2, 1, 1025, torch.float32),
+        (1, 1, 8193, torch.float32),
+        (1, 1, 10_000, torch.bfloat16),
         (2, 0, 100, torch.float32),
         (0, 3, 100, torch.float32),
     ],
 )
 def test_kernel_equals_its_twin(
-    batch_size: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot: bool, variant: str
+    batch_size: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot: bool, cut: bool, variant: str
 ) -> None:
-    assert_equals_twin(problem(batch_size, gamma, vocab_size, dtype, one_hot), variant)
+    assert_equals_twin(problem(batch_size, gamma, vocab_size, dtype, one_hot, cut), variant)
 
 
 @needs_triton
@@ -112,13 +125,13 @@ def test_kernel_equals_its_twin_on_real_vocabularies(vocab_size: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_fail_only_where_they_are_used(value: float, variant: str) -> None:
-    arguments = problem(10, 2, 1300)
+    arguments = problem(6, 2, 1100)
     logits = arguments["target_logits"]
     if value == -math.inf:
         logits[:, 1] = value
         logits[:, :, 1024:] = value  # a whole tile without mass is nothing unusual
     else:
-        logits[:, 1, 1234] = value
+        logits[:, 1, 1050] = value
     num_accepted, _, failed = assert_equals_twin(arguments, variant)
     assert failed.any() and not failed.all()
     assert torch.equal(failed, num_accepted >= 1)
@@ -127,7 +140,7 @@ def test_rows_that_are_not_finite_fail_only_where_they_are_used(value: float, va
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_draft_that_is_not_finite_is_rejected_and_the_target_draws() -> None:
-    arguments = problem(8, 2, 300)
+    arguments = problem(3, 2, 300)
     arguments["temperature"].fill_(1.0)
     arguments["draft_lengths"].fill_(2)
     arguments["draft_weights"][:, 0, 5] = math.nan
@@ -161,12 +174,12 @@ def test_a_token_outside_the_vocabulary_is_rejected_unread(outside: int, variant
 
 @needs_triton
 def test_any_strides_give_the_same() -> None:
-    arguments = problem(5, 3, 200)
+    arguments = problem(3, 2, 200)
     logits, weights = arguments["target_logits"], arguments["draft_weights"]
-    wide = torch.zeros(5, 6, 300, device=DEVICE)
-    wide[:, 1:5, 40:240] = logits
+    wide = torch.zeros(3, 6, 300, device=DEVICE)
+    wide[:, 1:4, 40:240] = logits
     strided = {
-        "target_logits": wide[:, 1:5, 40:240],
+        "target_logits": wide[:, 1:4, 40:240],
         "draft_weights": weights.permute(2, 1, 0).contiguous().permute(2, 1, 0),
     }
     expected = fused.verify_logits(**arguments, variant="rejection")
@@ -177,25 +190,36 @@ def test_any_strides_give_the_same() -> None:
 @needs_triton
 def test_every_program_has_one_piece_of_one_row() -> None:
     """The plan at both ends: one row spread over all multiprocessors, many rows in long pieces."""
-    one, many = fused.plan(1, 9, 128_256, True, 132), fused.plan(32, 17, 151_936, True, 132)
-    assert one.steps == 1 and 132 <= 9 * one.n_tiles <= 528 and one.n_draws == 126 and one.lookahead == 1
-    assert many.steps > 1 and many.draw_steps > 1 and many.lookahead < 32
+    one, many = (fused.plan(*size, "rejection", 132) for size in ((1, 9, 128_256), (32, 17, 151_936)))
+    assert one.steps == 1 and 132 <= 9 * one.n_tiles <= 528 and one.n_draws == 126
+    assert many.steps > 1 and many.draw_steps > 1
     for cut, vocab_size in ((one, 128_256), (many, 151_936)):
         assert (cut.n_tiles - 1) * cut.steps * 4096 < vocab_size <= cut.n_tiles * cut.steps * 4096
         assert (cut.n_draws - 1) * cut.draw_steps * 1024 < vocab_size <= cut.n_draws * cut.draw_steps * 1024
 
 
+CUTS = {
+    "rejection": (2, 2, 3, 4),
+    "typical": (2, 2, 3, 4),
+    "coupled": (2, 5, 1, 1),
+    "greedy": (2, 2, 1, 1),
+}
+
+
 @needs_triton
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_long_pieces_decide_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "plan", lambda *arguments: fused.Plan(2, 2, 3, 4 if variant == "rejection" else 1, 1))
-    assert_equals_twin(problem(3, 1, 10_001), variant)
+    monkeypatch.setattr(fused, "plan", lambda *arguments: fused.Plan(*CUTS[variant]))
+    assert_equals_twin(problem(1, 1, 10_001), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_twin_is_the_sampler(temperature: float, one_hot: bool, variant: str) -> None:
+def test_the_twin_is_the_sampler(
+    temperature: float, one_hot: bool, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if variant == "greedy" and temperature:
         pytest.skip("sampled rows are never verified greedily")
     arguments = problem(30, 4, 120, one_hot=one_hot)
@@ -206,7 +230,7 @@ def test_the_twin_is_the_sampler(temperature: float, one_hot: bool, variant: str
     arguments["seeds"] = sampler.seeds
     draft = Draft(arguments["draft_token_ids"], arguments["draft_lengths"], arguments["draft_weights"])
     verdict, failed = sampler.verify(arguments["target_logits"], draft, arguments["lengths"])
-    found = reference_fused.verify_logits(**arguments, variant=variant)
+    found = reference_fused.verify_logits(**arguments, variant=variant, epsilon=0.09, delta=0.3)
     assert torch.equal(found[2], failed)
     assert torch.equal(found[0][~failed], verdict.num_accepted[~failed])
     assert torch.equal(found[1][~failed], verdict.next_token[~failed])
@@ -254,7 +278,8 @@ def test_a_captured_graph_replays_on_new_inputs() -> None:
     for _ in range(3):
         for arguments in (second, problem(6, 4, 10_000, seed=1)):
             for name, value in arguments.items():
-                first[name].copy_(value)
+                if value is not None:
+                    first[name].copy_(value)
             graph.replay()
             for got, wanted in zip(found, reference_fused.verify_logits(**arguments, variant="rejection"), strict=True):
                 assert torch.equal(got, wanted)
@@ -289,7 +314,8 @@ def test_the_door_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"draft_lengths": torch.zeros(2)}, "draft_lengths should be torch.int64"),
         ({"seeds": torch.zeros(3).long()}, r"seeds should have shape \(2,\)"),
         ({"temperature": torch.zeros(2).double()}, "temperature should be torch.float32"),
-        ({"variant": "typical"}, "variant should be one of rejection, coupled, greedy: got 'typical'"),
+        ({"variant": "exact"}, "variant should be one of rejection, coupled, typical, greedy: got 'exact'"),
+        ({"floors": torch.zeros(2, 2)}, r"floors should have shape \(2, 3\)"),
     ],
 )
 def test_the_door_names_what_is_wrong(change: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from flashspec.kernels import TRITON_AVAILABLE, reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if TRITON_AVAILABLE:
-    from flashspec.kernels import gather, noise, verify
+    from flashspec.kernels import gather, noise, score, verify
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +168,16 @@ print(tuple(kernels.philox_gumbel(torch.tensor([1]), ids, 0, 7).shape))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.split("\n")[:2] == ["False [[3, 1]]", "(1, 2, 7)"], done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize(("gamma", "capacity"), [(0, 40), (1, 40), (4, 40), (5, 9), (17, 12)])
+def test_the_window_is_the_last_token_and_the_draft(gamma: int, capacity: int) -> None:
+    tokens = torch.arange(60, device=DEVICE).view(3, 20)[:, :18]
+    lengths = torch.tensor([1, 7, 11], device=DEVICE)
+    draft = 100 + torch.arange(6 * gamma, device=DEVICE).view(3, 2 * gamma)[:, :gamma]
+    counts = [torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    expected = reference.window(tokens, lengths, draft, capacity, counts[0])
+    found = score.window(tokens, lengths, draft, capacity, counts[1])
+    assert all(map(torch.equal, (*found, counts[1]), (*expected, counts[0])))
+    assert expected[0][1].tolist() == [26, *draft[1].tolist()] and expected[1][0].max() < capacity

@@ -16,14 +16,26 @@ from torch import Tensor
 
 from flashspec.kernels import native_build, native_verify, reference, reference_fused
 
-__all__ = ["TRITON_AVAILABLE", "gather_accepted", "philox_gumbel", "philox_uniform", "verify_logits", "verify_tokens"]
+__all__ = [
+    "TRITON_AVAILABLE",
+    "choose_tokens",
+    "commit",
+    "cut_floors",
+    "gather_accepted",
+    "look_up",
+    "philox_gumbel",
+    "philox_uniform",
+    "verify_logits",
+    "verify_tokens",
+    "window",
+]
 
 TRITON_AVAILABLE = find_spec("triton") is not None
 
 _LOGPROB_DTYPES = (torch.float32, torch.bfloat16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VARIANTS = ("rejection", "coupled", "greedy")
+_VARIANTS = ("rejection", "coupled", "typical", "greedy")
 
 
 def verify_tokens(
@@ -110,6 +122,9 @@ def verify_logits(
     lengths: Tensor,
     temperature: Tensor,
     variant: str,
+    floors: Tensor | None = None,
+    epsilon: float = 0.0,
+    delta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A whole verification from raw logits, in two launches.
 
@@ -117,11 +132,13 @@ def verify_logits(
     draft_token_ids: (B, γ) int64, of which row b proposes the first draft_lengths[b], (B,) int64.
     draft_weights: (B, γ, V) float32, bfloat16 or float16 log-weights that the tokens were drawn from; None: one-hot,
     and so it counts unless variant is 'rejection'. seeds, lengths: (B,) int64. temperature: (B,) float32, divides the
-    target's logits; rows at 0 are greedy. For top-k, top-p, min-p and penalties pass masked or shifted logits.
+    target's logits; rows at 0 are greedy. For penalties pass shifted logits. floors: (B, γ + 1) float32 target logits
+    under which a token is out, of `cut_floors`; None: none is.
     variant: 'rejection' (Leviathan, Kalman and Matias 2023, Algorithm 1: the next token is drawn from max(0, p - q)
     after a rejection, from p after a whole draft); 'coupled' (Daliri, Musco and Suresh 2024: accept while the draft is
     what the target draws with the noise that the drafter used, so the text depends on no draft); 'greedy', which is the
-    latter without noise and reads no temperature.
+    latter without noise and reads no temperature; 'typical' (Cai et al. 2024, Medusa; lossy), which keeps a draft token
+    x while p(x) > min(epsilon, delta * exp(-entropy(p))) and draws the next one from p.
     Returns num_accepted (B,) int64, next_token (B,) int64 in [0, V), and failed (B,) bool: rows whose other two mean
     nothing, since a position up to num_accepted holds NaN or +inf, or nothing but -inf. A draft token outside [0, V)
     is rejected; so is one whose weights are not finite, and the next token is then drawn from the target alone.
@@ -139,14 +156,191 @@ def verify_logits(
     for name, rows in (("draft_lengths", draft_lengths), ("seeds", seeds), ("lengths", lengths)):
         _check(name, rows, (batch_size,), (torch.int64,), device)
     _check("temperature", temperature, (batch_size,), (torch.float32,), device)
-    arguments = (target_logits, draft_token_ids, draft_lengths, draft_weights, seeds, lengths, temperature, variant)
+    if floors is not None:
+        _check("floors", floors, (batch_size, gamma + 1), (torch.float32,), device)
+    tensors = target_logits, draft_token_ids, draft_lengths, draft_weights, seeds, lengths, temperature
     if _use_triton(device):
         from flashspec.kernels import fused
 
-        return fused.verify_logits(*arguments)
-    if _use_native(*(tensor for tensor in arguments if isinstance(tensor, Tensor))):
-        return native_verify.verify_logits(*arguments)
-    return reference_fused.verify_logits(*arguments)
+        return fused.verify_logits(*tensors, variant, floors, epsilon, delta)
+    native = _use_native(*(tensor for tensor in (*tensors, floors) if tensor is not None))
+    if native and variant != "typical":
+        return native_verify.verify_logits(*tensors, variant, floors)
+    gumbel = native_verify.philox_gumbel if native else reference.philox_gumbel
+    return reference_fused.verify_logits(*tensors, variant, floors, epsilon, delta, gumbel)
+
+
+def cut_floors(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    max_top_k: int | None = None,
+) -> Tensor:
+    """Where top-k, then top-p, then min-p cut: (B, Q) float32, the logits under which a token is out, or -inf.
+
+    logits: (B, Q, V) float32, bfloat16 or float16. temperature: (B,) float32. top_k: (B,) int64, 0 is off. top_p: (B,)
+    float32, 1 is off: the smallest set of most likely tokens that holds at least so much of the mass stays. min_p: (B,)
+    float32, 0 is off: what is less likely than so much of the most likely token goes. None: off in every row.
+    max_top_k: host integer, at least every top_k, that saves a CPU a sort.
+    Tokens as likely as the last that stays, stay. One launch.
+    """
+    if logits.dim() != 3 or logits.shape[2] < 1:
+        raise ValueError(f"logits should be (B, Q, V) with V >= 1: got shape {tuple(logits.shape)}")
+    _check("logits", logits, tuple(logits.shape), _LOGIT_DTYPES, logits.device)
+    for name, rows, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int64),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+    ):
+        if rows is not None:
+            _check(name, rows, logits.shape[:1], (dtype,), logits.device)
+    if _use_triton(logits.device):
+        from flashspec.kernels import cut
+
+        return cut.cut_floors(logits, temperature, top_k, top_p, min_p)
+    return reference_fused.cut_floors(logits, temperature, top_k, top_p, min_p, max_top_k)
+
+
+def choose_tokens(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    purpose: int | None,
+    bias: Tensor | None = None,
+    floors: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a token a row: the argmax of (logits + bias) / temperature + `philox_gumbel` noise, in two launches.
+
+    logits: (B, V) float32, bfloat16 or float16. seeds, positions: (B,) int64. temperature: (B,) float32, rows at 0 take
+    the argmax without noise. purpose: None where all rows do. bias: (B, V) float32. floors: (B,) float32, biased logits
+    under which a token is out. weights: (B, V) float32, written: the log-weights that the tokens are drawn from.
+    Returns token_ids (B,) int64 in [0, V), and finite (B,) bool, False for rows that hold NaN or +inf, or nothing but
+    -inf; their token means nothing.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits should be (B, V) with V >= 1: got shape {tuple(logits.shape)}")
+    device, rows = logits.device, tuple(logits.shape[:1])
+    _check("logits", logits, tuple(logits.shape), _LOGIT_DTYPES, device)
+    _check("seeds", seeds, rows, (torch.int64,), device)
+    _check("positions", positions, rows, (torch.int64,), device)
+    _check("temperature", temperature, rows, (torch.float32,), device)
+    for name, tensor, shape in (
+        ("bias", bias, logits.shape),
+        ("floors", floors, rows),
+        ("weights", weights, logits.shape),
+    ):
+        if tensor is not None:
+            _check(name, tensor, tuple(shape), (torch.float32,), device)
+    if weights is not None and weights.stride(1) != 1:
+        raise ValueError(f"weights should have its tokens side by side: got strides {weights.stride()}")
+    if _use_triton(device):
+        from flashspec.kernels import choose
+
+        return choose.choose_tokens(logits, seeds, positions, temperature, purpose, bias, floors, weights)
+    gumbel = native_verify.philox_gumbel if _use_native(logits, seeds) else reference.philox_gumbel
+    return reference_fused.choose_tokens(logits, seeds, positions, temperature, purpose, bias, floors, weights, gumbel)
+
+
+def look_up(
+    tokens: Tensor, lengths: Tensor, bound: int, length: int, max_ngram: int, min_ngram: int
+) -> tuple[Tensor, Tensor]:
+    """What followed the last occurrence of a text's last tokens, in one launch.
+
+    tokens: (B, T) int64, rows side by side; lengths: (B,) int64, what of them is text, at least 1; bound: host integer,
+    at least every length, which a GPU does not need. Matches of the last min_ngram..max_ngram tokens count, the longest
+    wins, then the latest. One so near the end that its continuation runs out of text repeats the stretch between.
+    Returns token_ids (B, length) int64, garbage from the text's ids where nothing is found, and draft_lengths (B,)
+    int64, `length` or 0.
+    """
+    if tokens.dim() != 2 or tokens.stride(1) != 1:
+        raise ValueError(f"tokens should be (B, T), a row's tokens side by side: got shape {tuple(tokens.shape)}")
+    _check("tokens", tokens, tuple(tokens.shape), (torch.int64,), tokens.device)
+    _check("lengths", lengths, tuple(tokens.shape[:1]), (torch.int64,), tokens.device)
+    if not (1 <= min_ngram <= max_ngram and length >= 1):
+        raise ValueError(
+            f"length and min_ngram <= max_ngram should be at least 1: got {length}, {min_ngram}, {max_ngram}"
+        )
+    if _use_triton(tokens.device):
+        from flashspec.kernels import lookup
+
+        return lookup.look_up(tokens, lengths, bound, length, max_ngram, min_ngram)
+    return reference_fused.look_up(tokens, lengths, bound, length, max_ngram, min_ngram)
+
+
+def commit(
+    token_ids: Tensor,
+    draft_lengths: Tensor,
+    num_accepted: Tensor,
+    next_token: Tensor,
+    failed: Tensor,
+    faulty: Tensor | None,
+    tokens: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    finish: Tensor,
+    stop_ids: Tensor,
+    cached: Tensor,
+) -> Tensor:
+    """Append what a verdict keeps to the text, up to a stop token or a row's limit, in one launch.
+
+    token_ids: (B, γ) int64, draft_lengths: (B,) int64, faulty: (B,) bool or None: a Draft. num_accepted, next_token:
+    (B,) int64, failed: (B,) bool, rows that end here and do not grow: a verdict. tokens: (B, T) int64 with T >= lengths
+    + γ + 1, lengths, finish (a FinishReason): (B,) int64, all three written. limits: (B,) int64, at which rows end.
+    stop_ids: (B, K) int64, padded with -1. cached: (R, B) int64, written: at most lengths - 1 afterwards.
+    Returns (B, 5 + γ + 1) int64: drafted, accepted, emitted, finish, faulty, then tokens, of which `emitted` count.
+    """
+    (batch_size, gamma), device = token_ids.shape, token_ids.device
+    _check("token_ids", token_ids, (batch_size, gamma), (torch.int64,), device)
+    _check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
+    _check("stop_ids", stop_ids, (batch_size, stop_ids.shape[-1]), (torch.int64,), device)
+    _check("cached", cached, (cached.shape[0], batch_size), (torch.int64,), device)
+    for name, rows in (
+        ("draft_lengths", draft_lengths),
+        ("num_accepted", num_accepted),
+        ("next_token", next_token),
+        ("lengths", lengths),
+        ("limits", limits),
+        ("finish", finish),
+    ):
+        _check(name, rows, (batch_size,), (torch.int64,), device)
+    for name, flags in (("failed", failed), ("faulty", faulty)):
+        if flags is not None:
+            _check(name, flags, (batch_size,), (torch.bool,), device)
+    for name, written in (("tokens", tokens[:1]), ("lengths", lengths), ("finish", finish), ("cached", cached)):
+        if not written.is_contiguous():
+            raise ValueError(f"{name} is written in place and should be contiguous: got strides {written.stride()}")
+    arguments = (token_ids, draft_lengths, num_accepted, next_token, failed, faulty)
+    if _use_triton(device):
+        from flashspec.kernels import append
+
+        return append.commit(*arguments, tokens, lengths, limits, finish, stop_ids, cached)
+    return reference_fused.commit(*arguments, tokens, lengths, limits, finish, stop_ids, cached)
+
+
+def window(
+    tokens: Tensor, lengths: Tensor, draft_token_ids: Tensor, capacity: int, cached: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the target reads in a step: the last token of a text and the draft, in one launch.
+
+    tokens: (B, T) int64, rows side by side; lengths: (B,) int64; draft_token_ids: (B, γ) int64; cached: (B,) int64,
+    written: how many slots the cache holds when it is read. Returns token_ids and positions, (B, γ + 1) int64, the
+    latter below `capacity`.
+    """
+    (batch_size, gamma), device = draft_token_ids.shape, tokens.device
+    _check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
+    _check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
+    for name, rows in (("lengths", lengths), ("cached", cached)):
+        _check(name, rows, (batch_size,), (torch.int64,), device)
+    if _use_triton(device):
+        from flashspec.kernels import score
+
+        return score.window(tokens, lengths, draft_token_ids, capacity, cached)
+    return reference.window(tokens, lengths, draft_token_ids, capacity, cached)
 
 
 def _use_triton(device: torch.device) -> bool:

@@ -1,10 +1,8 @@
-"""Triton: raw logits to verdicts, one pass over the vocabulary.
+"""Triton: raw logits to verdicts, one pass over the vocabulary and a second over one position a row.
 
-Two launches. The first zeroes the counters. In the second every program does one piece of one row: it either
-summarises a tile of one position's logits, or waits until all tiles of its row are summarised, decides the row, and
-draws the next token from a slice of the one position that needs a draw. A row's drawing programs come `lookahead` rows
-behind its tiles: by then the tiles are done, and what is read twice is still in the cache. Programs start in the order
-of their ids, so one that waits never keeps what it waits for from running.
+Two launches. The first summarises tiles of every position's logits. In the second every program decides its row from
+the summaries, and draws the next token from a slice of the one position that needs a draw; the program that comes last
+writes it. The first launch zeroes what the second counts with, so a call leaves no state behind.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,284 +20,145 @@ from torch import Tensor
 from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
-from flashspec.kernels.summary import TILE, _combine, _summarise
+from flashspec.kernels.summary import TILE, _combine, _summary_kernel
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
-PIECES, MOST_STEPS = 6, 8  # swept on an H200 at B = 32: 4 and 16 steps are up to a quarter slower
-RESIDENT = 4  # programs that share a multiprocessor
-
-
-@triton.jit(do_not_specialize=["n_words"])
-def _reset_kernel(state_ptr, n_words, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)  # [BLOCK]
-    tl.store(state_ptr + index, tl.zeros([BLOCK], tl.int64), mask=index < n_words)
+# Swept on an H200. Longer pieces cost less a token, but 132 multiprocessors want many; 16 steps are no better than 8.
+PIECES, MOST_STEPS = 6, 8
+WARPS = 8
 
 
 @triton.jit
-def _one(values, places, place):
+def _at(values, places, place):
     """The element of values [N] at places == place."""
     return tl.sum(tl.where(places == place, values, 0), 0)
 
 
 @triton.jit
-def _finish(
-    target_ptr,
-    draft_ptr,
-    token_ids_ptr,
-    maxima_ptr,
-    sums_ptr,
-    tops_ptr,
+def _log_uniform(seed, position, POSITIONS: tl.constexpr):
+    """Logarithms of the acceptance test's uniforms at positions [POSITIONS], rounded from float64 as in the twin."""
+    words, _word1, _word2, _word3 = _random_words(
+        seed, position, tl.full([], FOR_ACCEPT, tl.int32), tl.zeros([POSITIONS], tl.int32)
+    )
+    return tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["gamma", "n_tiles", "steps", "epsilon", "delta"])
+def _verdict_kernel(
+    target,
+    draft,
+    rows,
+    table_ptr,
     state_ptr,
-    num_accepted_ptr,
-    next_token_ptr,
-    failed_ptr,
-    row,
-    item,
+    results,
     gamma,
-    draft_length,
-    temperature,
-    scale,
-    seed,
-    length,
     vocab_size,
-    target_stride_position,
-    draft_stride_position,
-    sequences,
     n_tiles,
-    n_draws,
-    draw_steps,
+    steps,
+    epsilon,
+    delta,
     VARIANT: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
     POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """Waits for a row's summaries, decides it, and makes one slice of its draw."""
+    """Grid (slices of a draw, B)."""
+    item, row = tl.program_id(0), tl.program_id(1)
+    token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
+    num_accepted_ptr, next_token_ptr, failed_ptr = results
+    sequences = gamma + 1 if draft is None else 2 * gamma + 1
+    plane = tl.num_programs(1) * sequences * n_tiles
+    draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
+    temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
+    heat = tl.maximum(temperature, MIN_HEAT)
+    scale = 1.0 / heat * LOG2E
+    seed, length = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row)
     position = tl.arange(0, POSITIONS)  # [POSITIONS]
-    token = tl.load(token_ids_ptr + position, mask=position < gamma, other=-1)
-    known = (token >= 0) & (token < vocab_size)
-    if VARIANT == "rejection":
-        place = position.to(tl.int64) * target_stride_position + token
-        chosen = tl.load(target_ptr + place, mask=known, other=0.0).to(tl.float32)
-        words, _word1, _word2, _word3 = _random_words(
-            seed, length + position, tl.full([], FOR_ACCEPT, tl.int32), tl.zeros([POSITIONS], tl.int32)
-        )
-        log_u = tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
-        drafted = tl.zeros([POSITIONS], tl.float32)
-        if HAS_DRAFT:
-            place = position.to(tl.int64) * draft_stride_position + token
-            drafted = tl.load(draft_ptr + place, mask=known, other=0.0).to(tl.float32)
-    while tl.atomic_add(state_ptr, tl.full([], 0, tl.int64), sem="acquire") < sequences * n_tiles:
-        pass
-
-    present = position <= draft_length
-    top, total, best = _combine(
-        maxima_ptr, sums_ptr, tops_ptr, row * sequences + position, present, n_tiles, scale, POSITIONS, WIDTH
-    )
+    token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
+    present, within = position <= draft_length, position < draft_length
+    index = row * sequences + position
+    top, total, best, moment = _combine(table_ptr, plane, index, present, n_tiles, scale, VARIANT, WIDTH, CHUNKS)
     finite = tl.abs(top) < float("inf")
     if VARIANT != "coupled":
         finite &= total == total
     passed = token == best
-    draft_top = tl.zeros([POSITIONS], tl.float32)
-    draft_total = draft_top + 1.0
-    if VARIANT == "rejection":  # noqa: SIM102
-        if temperature != 0:
-            heat = tl.maximum(temperature, MIN_HEAT)
+    draft_top, draft_total = top, total
+    if (VARIANT == "rejection") | (VARIANT == "typical"):
+        chosen = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
+        if VARIANT == "typical":
+            likely = tl.exp2((chosen - top) * scale) / total
+            passes = likely > tl.minimum(delta * tl.exp2(moment / total - tl.log2(total)), epsilon)
+        else:
             log_ratio = tl.div_rn(chosen, heat) - tl.div_rn(top, heat) - tl.log(total)
-            if HAS_DRAFT:
-                within = position < draft_length
-                first = row * sequences + gamma + 1 + position
-                draft_top, draft_total, _best = _combine(
-                    maxima_ptr, sums_ptr, tops_ptr, first, within, n_tiles, LOG2E, POSITIONS, WIDTH
+            if draft is not None:
+                index += gamma + 1
+                drafted = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
+                wanted = position < tl.where(temperature == 0, 0, draft_length)
+                draft_top, draft_total, _best, _moment = _combine(
+                    table_ptr, plane, index, wanted, n_tiles, LOG2E, VARIANT, WIDTH, CHUNKS
                 )
                 log_ratio -= drafted - draft_top - tl.log(draft_total)
-            passed = log_u < log_ratio
-    passed &= known & finite & (position < draft_length)
+            passes = _log_uniform(seed, length + position, POSITIONS) < log_ratio
+        passed = tl.where(temperature == 0, passed, passes)
+    passed &= (token >= 0) & (token < vocab_size) & finite & within
     num_accepted = tl.min(tl.where(passed, POSITIONS, position), 0)
     if item == 0:
-        tl.store(num_accepted_ptr, num_accepted.to(tl.int64))
-        tl.store(failed_ptr, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
+        tl.store(num_accepted_ptr + row, num_accepted.to(tl.int64))
+        tl.store(failed_ptr + row, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
 
-    if (VARIANT == "coupled") | (temperature == 0):
+    floor = tl.load(floors_ptr + row * (gamma + 1) + num_accepted) if floors_ptr is not None else None
+    draft_ptr = None
+    if draft is not None:
+        draft_ptr = draft[0] + row.to(tl.int64) * draft[1] + num_accepted.to(tl.int64) * draft[2]
+    if (VARIANT == "coupled") | (VARIANT == "greedy") | (temperature == 0):
         if item == 0:
-            tl.store(next_token_ptr, _one(best, position, num_accepted).to(tl.int64))
+            tl.store(next_token_ptr + row, _at(best, position, num_accepted).to(tl.int64))
     else:
-        rejected = num_accepted < draft_length
+        target_ptr = target[0] + row.to(tl.int64) * target[1] + num_accepted.to(tl.int64) * target[2]
+        highest, log2_total = _at(top, position, num_accepted), tl.log2(_at(total, position, num_accepted))
         _draw(
-            target_ptr + num_accepted.to(tl.int64) * target_stride_position,
-            draft_ptr + num_accepted.to(tl.int64) * draft_stride_position,
-            next_token_ptr,
-            state_ptr,
-            _one(top, position, num_accepted),
-            tl.log2(_one(total, position, num_accepted)),
-            scale,
-            _one(draft_top, position, num_accepted),
-            tl.log2(_one(draft_total, position, num_accepted)),
-            _one(token, position, num_accepted),
-            rejected,
+            (target_ptr, highest, scale, log2_total),
+            floor,
+            draft_ptr,
+            _at(draft_top, position, num_accepted),
+            tl.log2(_at(draft_total, position, num_accepted)),
+            _at(token, position, num_accepted),
+            num_accepted < (draft_length if VARIANT == "rejection" else 0),
             seed,
             length + num_accepted,
-            item * draw_steps,
-            draw_steps,
-            n_draws,
-            vocab_size,
-            HAS_DRAFT,
-        )
-
-
-@triton.jit(do_not_specialize=["batch_size", "gamma", "steps", "n_tiles", "n_draws", "draw_steps", "lookahead"])
-def _verify_kernel(
-    target_ptr,
-    draft_ptr,
-    token_ids_ptr,
-    draft_lengths_ptr,
-    seeds_ptr,
-    lengths_ptr,
-    temperature_ptr,
-    maxima_ptr,
-    sums_ptr,
-    tops_ptr,
-    state_ptr,
-    num_accepted_ptr,
-    next_token_ptr,
-    failed_ptr,
-    batch_size,
-    gamma,
-    vocab_size,
-    target_stride_row,
-    target_stride_position,
-    draft_stride_row,
-    draft_stride_position,
-    steps,
-    n_tiles,
-    n_draws,
-    draw_steps,
-    lookahead,
-    VARIANT: tl.constexpr,
-    HAS_DRAFT: tl.constexpr,
-    SKIP: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    sequences = gamma + 1
-    if HAS_DRAFT:
-        sequences += gamma
-    n_summaries = sequences * n_tiles
-    row, item = _assignment(batch_size, n_summaries, n_draws, lookahead)
-    state_ptr += row.to(tl.int64) * 4
-    draft_ptr += row.to(tl.int64) * draft_stride_row
-    target_ptr += row.to(tl.int64) * target_stride_row
-    token_ids_ptr += row * gamma
-    draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
-    temperature = tl.load(temperature_ptr + row)
-    if VARIANT == "greedy":
-        temperature = temperature * 0.0
-    seed = tl.load(seeds_ptr + row)
-    length = tl.load(lengths_ptr + row)
-    scale = 1.0 / tl.maximum(temperature, MIN_HEAT) * LOG2E
-
-    if item < n_summaries:
-        _summarise(
-            target_ptr,
-            draft_ptr,
-            maxima_ptr + row * n_summaries + item,
-            sums_ptr + row * n_summaries + item,
-            tops_ptr + row * n_summaries + item,
-            item // n_tiles,
-            (item % n_tiles) * steps * TILE,
             steps,
-            gamma,
-            draft_length,
-            temperature,
-            scale,
-            seed,
-            length,
             vocab_size,
-            target_stride_position,
-            draft_stride_position,
-            VARIANT,
-            SKIP,
-            LANES,
-        )
-        tl.debug_barrier()
-        tl.atomic_add(state_ptr, tl.full([], 1, tl.int64), sem="release")
-    else:
-        _finish(
-            target_ptr,
-            draft_ptr,
-            token_ids_ptr,
-            maxima_ptr,
-            sums_ptr,
-            tops_ptr,
-            state_ptr,
-            num_accepted_ptr + row,
+            state_ptr + 2 * row,
             next_token_ptr + row,
-            failed_ptr + row,
-            row,
-            item - n_summaries,
-            gamma,
-            draft_length,
-            temperature,
-            scale,
-            seed,
-            length,
-            vocab_size,
-            target_stride_position,
-            draft_stride_position,
-            sequences,
-            n_tiles,
-            n_draws,
-            draw_steps,
-            VARIANT,
-            HAS_DRAFT,
-            POSITIONS,
-            WIDTH,
         )
-
-
-@triton.jit
-def _assignment(batch_size, n_summaries, n_draws, lookahead):
-    """This program's row and its piece of it: first the summaries of `lookahead` rows; then, row by row, the summaries
-    of one and the draws of the row `lookahead` before; last the draws that remain."""
-    program = tl.program_id(0)
-    head = lookahead * n_summaries
-    period = n_summaries + n_draws
-    after = program - head
-    tail = after - (batch_size - lookahead) * period
-    row = program // n_summaries
-    item = program % n_summaries
-    if tail >= 0:
-        row = batch_size - lookahead + tail // n_draws
-        item = n_summaries + tail % n_draws
-    elif after >= 0:
-        item = after % period
-        row = after // period + tl.where(item < n_summaries, lookahead, 0)
-    return row, item
 
 
 class Plan(NamedTuple):
-    """How the work is cut: a summary takes steps * 4,096 tokens, a draw draw_steps * 1,024."""
+    """How the work is cut: a summary takes steps * TILE tokens (coupled: STEP), a draw draw_steps * STEP."""
 
     steps: int
     n_tiles: int
     draw_steps: int
     n_draws: int
-    lookahead: int
 
 
-def plan(batch_size: int, sequences: int, vocab_size: int, draws: bool, processors: int) -> Plan:
+def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, processors: int) -> Plan:
     """Long pieces, as they cost least a token, but at least PIECES of them for every multiprocessor."""
-    tiles = batch_size * sequences * triton.cdiv(vocab_size, TILE.value)
-    steps = min(max(tiles // (PIECES * processors), 1), MOST_STEPS)
-    n_tiles = triton.cdiv(vocab_size, steps * TILE.value)
-    draw_steps = min(max(batch_size * vocab_size // (processors * STEP), 1), MOST_STEPS)
-    n_draws = triton.cdiv(vocab_size, draw_steps * STEP) if draws else 1
-    lookahead = min(batch_size, triton.cdiv(RESIDENT * processors, sequences * n_tiles))
-    return Plan(steps, n_tiles, draw_steps, n_draws, lookahead)
+    size = STEP.value if variant == "coupled" else TILE.value
+    steps, n_tiles = pieces(batch_size * sequences, vocab_size, size, PIECES * processors)
+    if variant in ("coupled", "greedy"):
+        return Plan(steps, n_tiles, 1, 1)
+    return Plan(steps, n_tiles, *pieces(batch_size, vocab_size, STEP.value, processors))
+
+
+def pieces(sequences: int, vocab_size: int, size: int, wanted: int) -> tuple[int, int]:
+    """(steps of `size` tokens a piece, pieces a sequence), so that there are `wanted` pieces if that is possible."""
+    steps = min(max(sequences * triton.cdiv(vocab_size, size) // wanted, 1), MOST_STEPS)
+    return steps, triton.cdiv(vocab_size, steps * size)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -312,6 +171,9 @@ def verify_logits(
     lengths: Tensor,
     temperature: Tensor,
     variant: str,
+    floors: Tensor | None = None,
+    epsilon: float = 0.0,
+    delta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, positions, vocab_size = target_logits.shape
     gamma, device = positions - 1, target_logits.device
@@ -319,53 +181,33 @@ def verify_logits(
     next_token, failed = torch.empty_like(num_accepted), torch.empty_like(num_accepted, dtype=torch.bool)
     if not batch_size:
         return num_accepted, next_token, failed
-    has_draft = draft_weights is not None and gamma > 0 and variant == "rejection"
-    sequences = positions + (gamma if has_draft else 0)
-    cut = plan(batch_size, sequences, vocab_size, variant == "rejection", _processors(device))
-    target = _rows_together(target_logits)
-    draft = _rows_together(draft_weights) if has_draft and draft_weights is not None else target
-    maxima = torch.empty(batch_size * sequences * cut.n_tiles, dtype=torch.float32, device=device)
-    sums, tops = torch.empty_like(maxima), torch.empty_like(maxima, dtype=torch.int32)
-    state = torch.empty(batch_size, 4, dtype=torch.int64, device=device)
-    with torch.cuda.device_of(target):
-        _reset_kernel[(1,)](state, 4 * batch_size, BLOCK=triton.next_power_of_2(4 * batch_size))
-        _verify_kernel[(batch_size * (sequences * cut.n_tiles + cut.n_draws),)](
-            target,
-            draft,
-            draft_token_ids.contiguous(),
-            draft_lengths.contiguous(),
-            seeds.contiguous(),
-            lengths.contiguous(),
-            temperature.contiguous(),
-            maxima,
-            sums,
-            tops,
-            state,
-            num_accepted,
-            next_token,
-            failed,
-            batch_size,
-            gamma,
-            vocab_size,
-            target.stride(0),
-            target.stride(1),
-            draft.stride(0),
-            draft.stride(1),
-            cut.steps,
-            cut.n_tiles,
-            cut.n_draws,
-            cut.draw_steps,
-            cut.lookahead,
-            VARIANT=variant,
-            HAS_DRAFT=has_draft,
-            SKIP=batch_size > 4,
-            POSITIONS=triton.next_power_of_2(positions),
-            WIDTH=max(min(triton.next_power_of_2(cut.n_tiles), 1024 // triton.next_power_of_2(positions)), 8),
-            LANES=4096 // target.itemsize,
-            num_warps=8,
+    draft = strided(draft_weights) if draft_weights is not None and gamma > 0 and variant == "rejection" else None
+    sequences = positions + (0 if draft is None else gamma)
+    cut = plan(batch_size, sequences, vocab_size, variant, processors(device))
+    target = strided(target_logits)
+    per_row = (draft_token_ids, draft_lengths, seeds, lengths, temperature, floors)
+    rows = tuple(None if tensor is None else tensor.contiguous() for tensor in per_row)
+    table = torch.empty((4 * cut.n_tiles + 1) * batch_size * sequences, dtype=torch.float32, device=device)
+    state = torch.empty(batch_size, 2, dtype=torch.int64, device=device)
+    height = triton.next_power_of_2(positions)
+    width = min(triton.next_power_of_2(cut.n_tiles), max(2048 // height, 8))
+    common = target, draft, rows, table, state
+    results = num_accepted, next_token, failed
+    shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
+    lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread
+    draw_warps = 4 if cut.draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
+    with torch.cuda.device_of(target_logits):
+        _summary_kernel[(cut.n_tiles, sequences, batch_size)](
+            *common, gamma, vocab_size, cut.steps, VARIANT=variant, SKIP=batch_size > 4, LANES=lanes, num_warps=WARPS
+        )
+        steps = cut.n_tiles, cut.draw_steps
+        _verdict_kernel[(cut.n_draws, batch_size)](
+            *common, results, gamma, vocab_size, *steps, epsilon, delta, VARIANT=variant, **shape, num_warps=draw_warps
         )
     return num_accepted, next_token, failed
 
 
-def _rows_together(logits: Tensor) -> Tensor:
-    return logits if logits.stride(2) == 1 else logits.contiguous()
+def strided(logits: Tensor) -> tuple[Tensor, int, int]:
+    """(B, Q, V) as a kernel takes it: tokens side by side, strides of row and position."""
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    return logits, logits.stride(0), logits.stride(1)

@@ -72,3 +72,13 @@ def philox_gumbel(seeds: Tensor, positions: Tensor, purpose: int, vocab_size: in
     noise.mul_(-(2.0**-32)).clamp_(2.0**-24 - 1, -(2.0**-33))
     noise.log1p_().neg_().log_().neg_()
     return noise.flatten(2)[:, :, :vocab_size].contiguous()
+
+
+def window(
+    tokens: Tensor, lengths: Tensor, draft_token_ids: Tensor, capacity: int, cached: Tensor
+) -> tuple[Tensor, Tensor]:
+    last = tokens.gather(1, lengths[:, None] - 1)  # (B, 1)
+    offsets = torch.arange(draft_token_ids.shape[1] + 1, device=tokens.device)
+    positions = (lengths[:, None] - 1 + offsets).clamp(max=capacity - 1)
+    torch.add(positions[:, -1], 1, out=cached)
+    return torch.cat([last, draft_token_ids], 1), positions

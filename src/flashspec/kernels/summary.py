@@ -7,107 +7,164 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashspec.kernels.draw import LOG2E, NEVER, _coupled_tile
+from flashspec.kernels.draw import LARGEST, LOG2E, MIN_HEAT, NEVER, STEP, _gumbel_race
+from flashspec.kernels.reference_fused import TOKEN
 
-LARGEST = tl.constexpr(0x7FFFFFFF)
-TILE = tl.constexpr(4096)  # tokens a step
+FOR_TOKEN = tl.constexpr(TOKEN)
+TILE = tl.constexpr(4096)  # tokens a step of a summary
 
 
 @triton.jit
-def _softmax_tile(logits_ptr, start, steps, vocab_size, scale, wants_token, LANES: tl.constexpr):
-    """Maximum, sum of exponentials (NaN where a logit is NaN or +inf) and, if wanted, the first best token of
-    steps * TILE tokens. Every lane keeps its own maximum and sum, so nothing waits for another thread in the loop."""
+def _softmax_tile(
+    logits_ptr,
+    floor,
+    scale,
+    start,
+    steps,
+    vocab_size,
+    wants_token,
+    MOMENT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Of steps * TILE tokens, those under the floor left out: maximum, sum of exponentials over it (NaN where a logit
+    is NaN or +inf), if wanted the first best token, and with MOMENT the exponentials' sum of exponents in base 2.
+    Every lane keeps its own, so nothing waits for another thread in the loop."""
     place = tl.arange(0, TILE // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     token = start + place  # [TILE // LANES, LANES]
     tops = tl.full([LANES], NEVER, tl.float32)
     totals = tl.zeros([LANES], tl.float32)
+    moments = tl.zeros([LANES], tl.float32)
     first = tl.zeros([LANES], tl.int32)
     for step in range(steps):
         values = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
+        if floor is not None:
+            values = tl.where(values < floor, NEVER, values)
         highest = tl.maximum(tl.max(values, 0), tops)
         base = tl.where(highest == NEVER, 0.0, highest)
-        totals = totals * tl.exp2((tops - base) * scale) + tl.sum(tl.exp2((values - base[None, :]) * scale), 0)
+        shrink = tl.exp2((tops - base) * scale)
+        exponents = (values - base[None, :]) * scale
+        powers = tl.exp2(exponents)
+        if MOMENT:
+            moments = _carry(moments, totals, (tops - base) * scale)
+            moments += tl.sum(tl.where(powers > 0, powers * exponents, 0.0), 0)
+        totals = totals * shrink + tl.sum(powers, 0)
         first = tl.where(highest > tops, step, first)
         tops = highest
         token += TILE
     top = tl.max(tops, 0)
     base = tl.where(top == NEVER, 0.0, top)
-    total = tl.sum(totals * tl.exp2((tops - base) * scale), 0)
+    shift = (tops - base) * scale
+    moment = tl.sum(_carry(moments, totals, shift), 0)
+    total = tl.sum(totals * tl.exp2(shift), 0)
     best = start
     if wants_token:
         token = start + first[None, :] * TILE + place
         values = tl.load(logits_ptr + token, mask=token < vocab_size, other=NEVER).to(tl.float32)
         best = tl.min(tl.min(tl.where(values == top, token, vocab_size - 1), 1), 0)
-    return top, total, best
+    return top, total, best, moment
 
 
 @triton.jit
-def _summarise(
-    target_ptr,
-    draft_ptr,
-    maximum_ptr,
-    sum_ptr,
-    top_ptr,
-    sequence,
-    start,
-    steps,
+def _carry(moments, totals, shift):
+    """Moments under a maximum that is higher by -shift, in exponents of 2."""
+    return tl.where(totals > 0, (moments + totals * shift) * tl.exp2(shift), 0.0)
+
+
+@triton.jit(do_not_specialize=["gamma", "steps"])
+def _summary_kernel(
+    target,
+    draft,
+    rows,
+    table_ptr,
+    state_ptr,
     gamma,
-    draft_length,
-    temperature,
-    scale,
-    seed,
-    length,
     vocab_size,
-    target_stride_position,
-    draft_stride_position,
+    steps,
     VARIANT: tl.constexpr,
     SKIP: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A tile's maximum, its sum of exponentials over that, its best token. Sequences: γ + 1 of the target, γ drafted.
-    SKIP leaves out what no verdict can need: it costs a load ahead of the logits', and pays for ragged batches."""
+    """Grid (tiles, sequences, B); sequences: γ + 1 of the target, then γ drafted. Writes a tile's maximum, sum, best
+    token and moment to table (4, B, sequences, tiles), behind it a sequence's logit of the draft token, and zeroes the
+    state. SKIP leaves out what no verdict can need: a load ahead of the logits' that pays for ragged batches."""
+    tile, sequence, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
+    sequences, n_tiles = tl.num_programs(1), tl.num_programs(0)
+    index = row * sequences + sequence
+    plane = tl.num_programs(2) * sequences * n_tiles
     is_draft = sequence > gamma
     position = tl.where(is_draft, sequence - gamma - 1, sequence)
+    temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
+    floor = tl.load(floors_ptr + row * (gamma + 1) + position) if floors_ptr is not None else None
+    scale = 1.0 / tl.maximum(temperature, MIN_HEAT) * LOG2E
+    target_ptr = target[0] + row.to(tl.int64) * target[1] + position.to(tl.int64) * target[2]
+    if (tile == 0) & (sequence == 0):
+        tl.store(state_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], tl.int64))
     needed = True
     if SKIP:
+        draft_length = tl.load(draft_lengths_ptr + row)
         needed = position < tl.where(is_draft, tl.where(temperature == 0, 0, draft_length), draft_length + 1)
     if needed:
         if VARIANT == "coupled":
-            logits_ptr = target_ptr + position.to(tl.int64) * target_stride_position
-            top, best = _coupled_tile(logits_ptr, seed, length + position, temperature, start, steps, vocab_size)
+            seed, place = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row) + position
+            start = tile * steps * STEP
+            best, top, _top = _gumbel_race(
+                target_ptr, None, None, floor, temperature, seed, place, FOR_TOKEN, start, steps, vocab_size
+            )
             total = 1.0
         else:
-            if is_draft:
-                draft_ptr += position.to(tl.int64) * draft_stride_position
-                top, total, best = _softmax_tile(draft_ptr, start, steps, vocab_size, LOG2E, False, LANES)
+            start = tile * steps * TILE
+            token = tl.load(token_ids_ptr + row * gamma + position, mask=(tile == 0) & (position < gamma), other=-1)
+            known = (token >= 0) & (token < vocab_size)
+            if draft is not None and is_draft:
+                draft_ptr = draft[0] + row.to(tl.int64) * draft[1] + position.to(tl.int64) * draft[2]
+                chosen = tl.load(draft_ptr + token, mask=known, other=0.0).to(tl.float32)
+                top, total, best, moment = _softmax_tile(
+                    draft_ptr, None, LOG2E, start, steps, vocab_size, False, False, LANES
+                )
             else:
-                target_ptr += position.to(tl.int64) * target_stride_position
-                top, total, best = _softmax_tile(target_ptr, start, steps, vocab_size, scale, temperature == 0, LANES)
-        tl.store(maximum_ptr, top)
-        tl.store(sum_ptr, total)
-        tl.store(top_ptr, best)
+                chosen = tl.load(target_ptr + token, mask=known, other=0.0).to(tl.float32)
+                if floor is not None:
+                    chosen = tl.where(chosen < floor, NEVER, chosen)
+                wants_token = temperature == 0
+                top, total, best, moment = _softmax_tile(
+                    target_ptr, floor, scale, start, steps, vocab_size, wants_token, VARIANT == "typical", LANES
+                )
+            if tile == 0:
+                tl.store(table_ptr + 4 * plane + index, chosen)
+        entry = table_ptr + index * n_tiles + tile
+        tl.store(entry, top)
+        tl.store(entry + plane, total)
+        tl.store(entry + 2 * plane, best.to(tl.float32, bitcast=True))
+        if VARIANT == "typical":
+            tl.store(entry + 3 * plane, moment)
 
 
 @triton.jit
 def _combine(
-    maxima_ptr, sums_ptr, tops_ptr, first, present, n_tiles, scale, POSITIONS: tl.constexpr, WIDTH: tl.constexpr
+    table_ptr, plane, first, present, n_tiles, scale, VARIANT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Maximum, sum of exponentials and best token of every position [POSITIONS] from those of its tiles, WIDTH at a
+    """Maximum, sum of exponentials, best token and moment of sequences [N] from those of their tiles, WIDTH at a
     time: all at once would be 236 registers at γ = 16. Sums stay NaN."""
-    top = tl.full([POSITIONS], NEVER, tl.float32)
-    total = tl.zeros([POSITIONS], tl.float32)
-    best = tl.zeros([POSITIONS], tl.int32)
-    for start in range(0, n_tiles, WIDTH):
-        tile = start + tl.arange(0, WIDTH)[None, :]
+    top = tl.where(present, NEVER, NEVER)
+    total = tl.where(present, 0.0, 0.0)
+    moment = total
+    best = tl.where(present, 0, 0)
+    for chunk in tl.static_range(CHUNKS):
+        tile = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
         mask = present[:, None] & (tile < n_tiles)
-        index = first[:, None] * n_tiles + tile  # [POSITIONS, WIDTH]
-        maxima = tl.load(maxima_ptr + index, mask=mask, other=NEVER, cache_modifier=".cg")
-        sums = tl.load(sums_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-        tops = tl.load(tops_ptr + index, mask=mask, other=0, cache_modifier=".cg")
+        entry = table_ptr + first[:, None] * n_tiles + tile  # [N, WIDTH]
+        maxima = tl.load(entry, mask=mask, other=NEVER)
+        sums = tl.load(entry + plane, mask=mask, other=0.0)
+        bests = tl.load(entry + 2 * plane, mask=mask, other=0.0).to(tl.int32, bitcast=True)
         here = tl.maximum(tl.max(maxima, 1), top)
         base = tl.where(here == NEVER, 0.0, here)
-        total = total * tl.exp2((top - base) * scale) + tl.sum(sums * tl.exp2((maxima - base[:, None]) * scale), 1)
-        found = tl.min(tl.where((maxima == here[:, None]) & mask, tops, LARGEST), 1)
+        shift, shifts = (top - base) * scale, (maxima - base[:, None]) * scale
+        if VARIANT == "typical":
+            moments = tl.load(entry + 3 * plane, mask=mask, other=0.0)
+            moment = _carry(moment, total, shift) + tl.sum(_carry(moments, sums, shifts), 1)
+        total = total * tl.exp2(shift) + tl.sum(sums * tl.exp2(shifts), 1)
+        found = tl.min(tl.where((maxima == here[:, None]) & mask, bests, LARGEST), 1)
         best = tl.where(here > top, found, best)
         top = here
-    return top, total, best
+    return top, total, best, moment

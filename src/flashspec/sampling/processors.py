@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashspec.kernels import cut_floors
+
 NEVER = float("-inf")
 
 
@@ -18,13 +20,12 @@ NEVER = float("-inf")
 class Transforms:
     """Sampling parameters a row. Tensors of shape (B,) unless said; None where no row uses the transform.
 
-    temperature: float32. greedy: bool, rows at temperature 0. top_k: int64, at most `max_top_k`. bias: (B, V) float32,
+    temperature: float32, 0 is greedy. top_k: int64, at most `max_top_k`. bias: (B, V) float32,
     added to the logits. prompt_seen: (B, V) bool and output_counts: (B, V) float32 feed repetition, presence and
     frequency. stop_ids: (B, K) int64, masked before text position min_lengths.
     """
 
     temperature: Tensor
-    greedy: Tensor | None = None
     all_greedy: bool = False
     top_k: Tensor | None = None
     max_top_k: int = 0
@@ -38,6 +39,11 @@ class Transforms:
     output_counts: Tensor | None = None
     stop_ids: Tensor | None = None
     min_lengths: Tensor | None = None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a row's logits are biased, penalised or barred from stopping."""
+        return self.bias is not None or self.output_counts is not None or self.min_lengths is not None
 
     @property
     def cuts(self) -> bool:
@@ -68,42 +74,14 @@ class Transforms:
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
         return logits - self.frequency[:, None, None] * counts - self.presence[:, None, None] * (counts > 0)
 
-    def weigh(self, logits: Tensor) -> Tensor:
-        """Temperature, top-k, top-p and min-p: (B, Q, V) shifted logits to log-weights. Greedy rows are one-hot."""
-        weights = logits / self.temperature[:, None, None].clamp(min=1e-6)
-        if self.top_k is not None:
-            ranked = weights.topk(self.max_top_k, dim=-1).values  # (B, Q, max_top_k)
-            index = (self.top_k - 1)[:, None, None].expand(*ranked.shape[:2], 1).clamp(min=0)
-            kth = torch.where((self.top_k > 0)[:, None, None], ranked.gather(-1, index), NEVER)
-            weights = weights.masked_fill(weights < kth, NEVER)
-        if self.top_p is not None:
-            weights = keep_nucleus(weights, self.top_p[:, None, None])
-        if self.min_p is not None:
-            floor = weights.amax(-1, keepdim=True) + self.min_p.log()[:, None, None]
-            weights = weights.masked_fill(weights < floor, NEVER)
-        if self.greedy is not None:
-            one_hot = torch.full_like(logits, NEVER).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
-            weights = torch.where(self.greedy[:, None, None], one_hot, weights)
-        return weights
+    def floors(self, logits: Tensor) -> Tensor | None:
+        """Top-k, top-p and min-p: (B, Q) shifted logits under which a token is out, from all of them (B, Q, V)."""
+        if not self.cuts:
+            return None
+        return cut_floors(logits, self.temperature, self.top_k, self.top_p, self.min_p, self.max_top_k or None)
 
-    def count(self, token_ids: Tensor, kept: Tensor) -> None:
-        """Add emitted tokens (B, n) where kept (B, n) is true to the output counts."""
+    def count(self, token_ids: Tensor, num_emitted: Tensor) -> None:
+        """Add the first num_emitted (B,) of token_ids (B, n) to the output counts."""
         if self.output_counts is not None:
+            kept = torch.arange(token_ids.shape[1], device=token_ids.device) < num_emitted[:, None]
             self.output_counts.scatter_add_(1, token_ids, kept.to(self.output_counts.dtype))
-
-
-def keep_nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
-    """Mask all but the smallest set of most likely tokens that holds at least top_p (broadcastable) of the mass.
-
-    Ties at its edge are kept. The edge is found by halving the interval of probabilities, so nothing is sorted: a sort
-    of 49,152 floats costs 3 ms on a CPU core, 24 halvings 0.4 ms.
-    """
-    probs = weights.softmax(-1)
-    high = probs.amax(-1, keepdim=True)
-    low = torch.zeros_like(high)
-    enough = torch.minimum(top_p, probs.sum(-1, keepdim=True))
-    for _ in range(24):
-        middle = (low + high) / 2
-        holds = torch.where(probs >= middle, probs, 0.0).sum(-1, keepdim=True) >= enough
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return torch.where((probs >= low) | (top_p >= 1), weights, NEVER)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from flashspec.config import SamplingConfig
 from flashspec.core import Draft, Verdict
-from flashspec.kernels import philox_gumbel, verify_logits
+from flashspec.kernels import choose_tokens, verify_logits
 from flashspec.sampling.noise import Purpose
-from flashspec.sampling.processors import Transforms
-from flashspec.sampling.typical import verify_typical
+from flashspec.sampling.processors import NEVER, Transforms
 
 STREAM_STRIDE = 0x9E3779B97F4A7C15  # far apart, so that stream 1 of one seed is not stream 0 of the next
 
@@ -50,35 +49,62 @@ class Sampler:
         transforms = self.transforms
         return [("seeds", self.seeds), *((f.name, getattr(transforms, f.name)) for f in fields(transforms))]
 
-    def choose(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A draft token for text position (B,) from a drafter's logits (B, V), and the log-weights it was drawn from;
-        None where it counts as one-hot. Penalties do not bend drafts: any q keeps the text exact."""
-        if self.transforms.all_greedy:
-            return logits.argmax(-1), None
-        logits = logits.float() if self.transforms.bias is None else logits.float() + self.transforms.bias
-        weights = self.transforms.weigh(logits[:, None])[:, 0]
-        coupled = self.config.variant == "coupled"
-        purpose = Purpose.TOKEN if coupled else Purpose.DRAFT
-        noise = philox_gumbel(self.seeds, positions[:, None], purpose, weights.shape[-1])[:, 0]
-        return (weights + noise).argmax(-1), None if coupled else weights
+    @property
+    def one_hot_drafts(self) -> bool:
+        """Whether drafts count as certain, whatever they were drawn from."""
+        return self.transforms.all_greedy or self.config.variant != "rejection"
+
+    def draw(self, logits: Tensor, positions: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A draft token for text position (B,) from a drafter's logits (B, V), and (B,) bool: rows whose logits are
+        finite. weights: (B, V) float32 to write the log-weights to that it is drawn from; None for one-hot drafts.
+        Penalties do not bend drafts: any q keeps the text exact."""
+        transforms, bias, floors = self.transforms, self.transforms.bias, None
+        if transforms.cuts and not transforms.all_greedy:
+            logits, bias = logits if bias is None else logits.float() + bias, None
+            floors = transforms.floors(logits[:, None])
+        purpose = Purpose.TOKEN if self.config.variant == "coupled" else Purpose.DRAFT
+        return choose_tokens(
+            logits,
+            self.seeds,
+            positions,
+            transforms.temperature,
+            None if transforms.all_greedy else purpose,
+            bias,
+            None if floors is None else floors[:, 0],
+            weights,
+        )
+
+    def draw_part(
+        self, logits: Tensor, positions: Tensor, weights: Tensor | None, token_ids: Tensor, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same from logits (B, V') of a part of the vocabulary, token_ids (V',) int64: the others have q = 0.
+        weights: (B, V) as before."""
+        if self.transforms.all_greedy and self.transforms.bias is None:
+            chosen, finite = self.draw(logits, positions, None)
+            return token_ids[chosen], finite
+        everything = torch.full((len(logits), vocab_size), NEVER, dtype=torch.float32, device=logits.device)
+        everything[:, token_ids] = logits.float()
+        return self.draw(everything, positions, weights)
 
     def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> tuple[Verdict, Tensor]:
         """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens. Returns the
         verdict, and (B,) bool: rows that it means nothing for, since logits it rests on are not finite."""
-        offsets = torch.arange(logits.shape[1], device=logits.device)
-        positions = lengths[:, None] + offsets  # (B, γ + 1), the text positions being decided
         config, transforms = self.config, self.transforms
-        shifted = transforms.shift(logits, positions, draft.token_ids)
-        if config.variant == "typical" and not transforms.all_greedy:
-            epsilon, delta = config.typical_epsilon, config.typical_delta
-            verdict = verify_typical(transforms.weigh(shifted), draft, self.seeds, lengths, epsilon, delta)
-            used = offsets <= verdict.num_accepted[:, None]
-            return verdict, (used & ~shifted.amax(-1).isfinite()).any(1)
-        variant, temperature = "greedy" if transforms.all_greedy else config.variant, transforms.temperature
-        if transforms.cuts and not transforms.all_greedy:
-            shifted, temperature = transforms.weigh(shifted), torch.ones_like(temperature)
+        if transforms.shifts:
+            positions = lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)  # (B, γ + 1), decided
+            logits = transforms.shift(logits, positions, draft.token_ids)
         num_accepted, next_token, failed = verify_logits(
-            shifted, draft.token_ids, draft.lengths, draft.logits, self.seeds, lengths, temperature, variant
+            logits,
+            draft.token_ids,
+            draft.lengths,
+            draft.logits,
+            self.seeds,
+            lengths,
+            transforms.temperature,
+            "greedy" if transforms.all_greedy else config.variant,
+            None if transforms.all_greedy else transforms.floors(logits),
+            config.typical_epsilon,
+            config.typical_delta,
         )
         return Verdict(num_accepted, next_token), failed
 
@@ -116,7 +142,6 @@ def make_sampler(
     delayed = config.min_tokens > 0 and len(stop_ids) > 0
     transforms = Transforms(
         temperature=torch.full((rows,), config.temperature, dtype=torch.float32, device=device),
-        greedy=torch.ones(rows, dtype=torch.bool, device=device) if config.temperature == 0 else None,
         all_greedy=config.temperature == 0,
         top_k=torch.full((rows,), top_k, device=device) if top_k > 0 else None,
         max_top_k=max(top_k, 0),

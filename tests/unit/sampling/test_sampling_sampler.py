@@ -20,7 +20,7 @@ def sampler_of(rows: int = 1, vocab_size: int = 4, seed: int = 0, **settings: ob
 
 def test_transforms_that_are_off_cost_nothing() -> None:
     transforms = sampler_of().transforms
-    names = ("greedy", "top_k", "top_p", "min_p", "bias", "repetition", "prompt_seen", "output_counts", "stop_ids")
+    names = ("top_k", "top_p", "min_p", "bias", "repetition", "prompt_seen", "output_counts", "stop_ids")
     assert all(getattr(transforms, name) is None for name in names) and not transforms.all_greedy
 
 
@@ -37,16 +37,18 @@ def test_rows_have_streams_of_their_own() -> None:
 
 
 def test_greedy_drafts_are_the_most_likely_tokens() -> None:
-    token_ids, weights = sampler_of(temperature=0).choose(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([5]))
-    assert token_ids.tolist() == [1] and weights is None
+    sampler = sampler_of(temperature=0)
+    token_ids, finite = sampler.draw(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([5]), None)
+    assert sampler.one_hot_drafts and token_ids.tolist() == [1] and finite.tolist() == [True]
 
 
 def test_drafts_are_drawn_from_the_weights_that_are_reported() -> None:
     rows = 20_000
     sampler = sampler_of(rows, logit_bias={0: 1.0}, top_k=3, temperature=0.7)
-    logits = torch.tensor([0.0, 0.5, -0.5, -1.0]).expand(rows, -1)
-    token_ids, weights = sampler.choose(logits, torch.full((rows,), 5))
-    assert weights is not None and weights[0, 3] == float("-inf")
+    logits = torch.tensor([0.0, 0.5, -0.5, -1.0]).repeat(rows, 1)
+    weights = torch.empty_like(logits)
+    token_ids, _ = sampler.draw(logits, torch.full((rows,), 5), weights)
+    assert not sampler.one_hot_drafts and weights[0, 3] == float("-inf")
     assert g_test(token_ids[:, None], weights[0].double().softmax(-1)) > 0.001
 
 
@@ -55,10 +57,10 @@ def test_coupled_drafts_agree_with_the_target_that_is_the_same() -> None:
     sampler = sampler_of(rows, variant="coupled")
     logits = torch.randn(rows, 2, 4, generator=torch.Generator().manual_seed(1))
     lengths = torch.arange(rows) + 3
-    token_ids, weights = sampler.choose(logits[:, 0], lengths)
+    token_ids, _ = sampler.draw(logits[:, 0], lengths, None)
     draft = Draft(token_ids[:, None], torch.ones(rows, dtype=torch.int64))
     verdict, _ = sampler.verify(logits, draft, lengths)
-    assert weights is None and verdict.num_accepted.tolist() == [1] * rows
+    assert sampler.one_hot_drafts and verdict.num_accepted.tolist() == [1] * rows
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"variant": "coupled"}, {"variant": "typical"}])

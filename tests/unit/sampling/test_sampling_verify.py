@@ -9,9 +9,8 @@ import torch
 from statistics_of_text import g_test
 from torch import Tensor
 
-from flashspec.core import Draft
+from flashspec.kernels import verify_logits
 from flashspec.sampling import Sample, rejection_sample, typical_sample
-from flashspec.sampling.typical import verify_typical
 
 GAMMA, VOCAB = 2, 5
 ALPHA = 0.001
@@ -95,14 +94,16 @@ def test_rejection_sample_follows_torchs_generator() -> None:
     ],
 )
 def test_typical_accepts_by_its_rule(probs: list[float], token_id: int, accepted: bool) -> None:
-    weights = torch.tensor([[probs, [0.0, 0.0, 0.0, 1.0]]]).log()  # (1, 2, 4)
-    draft = Draft(torch.tensor([[token_id]]), torch.tensor([1]))
-    verdict = verify_typical(weights, draft, torch.tensor([1]), torch.tensor([4]), epsilon=0.09, delta=0.3)
-    assert verdict.num_accepted.tolist() == [int(accepted)]
+    logits = torch.tensor([[probs, [0.0, 0.0, 0.0, 1.0]]]).log()  # (1, 2, 4)
+    one = torch.ones(1, dtype=torch.int64)
+    num_accepted, next_token, _ = verify_logits(
+        logits, one[:, None] * token_id, one, None, one, 4 * one, one.float(), "typical", None, 0.09, 0.3
+    )
+    assert num_accepted.tolist() == [int(accepted)]
     if accepted:
-        assert verdict.next_token.tolist() == [3]
+        assert next_token.tolist() == [3]
     else:
-        assert probs[verdict.next_token[0]] > 0
+        assert probs[next_token[0]] > 0
 
 
 def test_typical_thresholds_are_arguments() -> None:

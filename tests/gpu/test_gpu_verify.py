@@ -1,0 +1,153 @@
+"""Everything of a step that is not a model, on a real GPU: kernels against twins where interpreting takes too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashspec.config import SamplingConfig
+from flashspec.core import Draft
+from flashspec.kernels import reference_fused as twins
+from flashspec.sampling.sampler import make_sampler
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from flashspec import kernels
+
+DEVICE = torch.device("cuda")
+VOCABULARIES = [100, 8193, 10_000, 32_000, 128_256, 151_936]
+
+
+def problem(rows: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot: bool, seed: int) -> dict[str, Any]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    target = 2.5 * torch.randn(rows, gamma + 1, vocab_size, device=DEVICE, generator=generator)
+    draft = target[:, :gamma] + 0.5 * torch.randn(rows, gamma, vocab_size, device=DEVICE, generator=generator)
+    race = draft.softmax(-1) / torch.empty_like(draft).exponential_(generator=generator)
+    whole = torch.randint(2**40, (3, rows), device=DEVICE, generator=generator)
+    return {
+        "target_logits": target.to(dtype),
+        "draft_token_ids": (target[:, :gamma] if one_hot else race).argmax(-1),
+        "draft_lengths": whole[0] % (gamma + 1),
+        "draft_weights": None if one_hot else draft.to(dtype),
+        "seeds": whole[1],
+        "lengths": whole[2],
+        "temperature": torch.tensor([1.0, 0.7, 0.0, 1.3], device=DEVICE).repeat(rows)[:rows],
+    }
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("variant", ["rejection", "coupled", "typical", "greedy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cut", [False, True])
+def test_verdicts_equal_their_twins(cut: bool, dtype: torch.dtype, variant: str, vocab_size: int) -> None:
+    for seed, (rows, gamma) in enumerate([(1, 4), (7, 1), (12, 6)]):
+        for one_hot in [False, True] if variant == "rejection" else [True]:
+            arguments = problem(rows, gamma, vocab_size, dtype, one_hot, seed)
+            if cut:
+                limits = torch.full((rows,), 20, device=DEVICE), torch.full((rows,), 0.95, device=DEVICE)
+                arguments["floors"] = kernels.cut_floors(arguments["target_logits"], arguments["temperature"], *limits)
+            arguments |= {"variant": variant, "epsilon": 0.09, "delta": 0.3}
+            num_accepted, next_token, failed = kernels.verify_logits(**arguments)
+            wanted = twins.verify_logits(**arguments)
+            assert torch.equal(num_accepted, wanted[0]) and torch.equal(next_token, wanted[1]) and not failed.any()
+            assert ((next_token >= 0) & (next_token < vocab_size)).all()
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0.3, 2.5, 8.0])
+def test_cuts_equal_their_twins(spread: float, dtype: torch.dtype, vocab_size: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(vocab_size)
+    logits = (spread * torch.randn(4, 3, vocab_size, device=DEVICE, generator=generator)).to(dtype)
+    temperature = torch.tensor([1.0, 0.7, 1.3, 0.5], device=DEVICE)
+    top_k = torch.tensor([1, 50, 0, min(vocab_size, 5000)], device=DEVICE)
+    top_p = torch.tensor([0.5, 0.9, 0.99, 1.0], device=DEVICE)
+    min_p = torch.tensor([0.0, 0.01, 0.1, 0.001], device=DEVICE)
+    for cuts in ((top_k, None, None), (None, top_p, None), (None, None, min_p), (top_k, top_p, min_p)):
+        found = kernels.cut_floors(logits, temperature, *cuts)[..., None]
+        wanted = twins.cut_floors(logits, temperature, *cuts)[..., None]
+        kept, expected = (logits.float() >= found), (logits.float() >= wanted)
+        size = expected.sum(-1)
+        assert ((kept.sum(-1) - size).abs() <= (size // 200 + 1) * (cuts[1] is not None)).all()
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("rows", [1, 13])
+def test_choices_equal_their_twins(rows: int, vocab_size: int) -> None:
+    for purpose, dtype in ((0, torch.float32), (3, torch.bfloat16)):
+        arguments = problem(rows, 1, vocab_size, dtype, True, 5)
+        logits = arguments["target_logits"][:, 0]
+        common = logits, arguments["seeds"], arguments["lengths"], arguments["temperature"], purpose
+        weights = [torch.empty(rows, vocab_size, device=DEVICE) for _ in range(2)]
+        found = kernels.choose_tokens(*common, weights=weights[0])
+        wanted = twins.choose_tokens(*common, weights=weights[1])
+        assert torch.equal(found[0], wanted[0]) and found[1].all() and wanted[1].all()
+        assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("size", [300, 9000, 131_072])
+def test_lookups_equal_their_twins(size: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(size)
+    for words in (3, 60, 5000):
+        tokens = torch.randint(words, (9, size), device=DEVICE, generator=generator)
+        lengths = torch.randint(1, size - 64, (9,), device=DEVICE, generator=generator)
+        found = kernels.look_up(tokens, lengths, size, 6, 3, 2)
+        wanted = twins.look_up(tokens, lengths, size, 6, 3, 2)
+        assert torch.equal(found[1], wanted[1])
+        assert torch.equal(found[0][found[1] > 0], wanted[0][found[1] > 0])
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"variant": "coupled"},
+    {"variant": "typical"},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"frequency_penalty": 0.5, "logit_bias": {3: 2.0}, "top_k": 50},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_captured_step_decides_as_the_cpu_does(settings: dict[str, Any]) -> None:
+    """Draft, verify and commit in one graph, replayed on other texts, without a synchronisation."""
+    vocab_size, rows, gamma = 3000, 5, 3
+    samplers = [
+        make_sampler(SamplingConfig(**settings), [[1]] * rows, [], vocab_size, 7, torch.device(device))
+        for device in ("cuda", "cpu")
+    ]
+    inputs = problem(rows, gamma, vocab_size, torch.float32, True, 3)
+    logits, lengths = inputs["target_logits"], inputs["lengths"]
+
+    def run(which: int, logits: Tensor, lengths: Tensor) -> list[Tensor]:
+        sampler = samplers[which]
+        weights = None if sampler.one_hot_drafts else torch.empty_like(logits[:, :gamma])
+        ids = [
+            sampler.draw(logits[:, i] + 0.3, lengths + i, None if weights is None else weights[:, i])[0]
+            for i in range(gamma)
+        ]
+        draft = Draft(torch.stack(ids, 1), torch.full_like(lengths, gamma), weights)
+        verdict, failed = sampler.verify(logits, draft, lengths)
+        return [draft.token_ids, *verdict, failed]
+
+    run(0, logits, lengths)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(0, logits, lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(0, logits, lengths)
+    for seed in (3, 4, 5):
+        fresh = problem(rows, gamma, vocab_size, torch.float32, True, seed)
+        logits.copy_(fresh["target_logits"])
+        lengths.copy_(fresh["lengths"])
+        graph.replay()
+        wanted = run(1, logits.cpu(), lengths.cpu())
+        for got, expected in zip(found, wanted, strict=True):
+            assert torch.equal(got.cpu(), expected)
