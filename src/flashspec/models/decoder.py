@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.models.base import KVCache
+from flashspec.kernels import decoding
+from flashspec.models.base import Features, KVCache, Vocabulary
+
+if TYPE_CHECKING:
+    from flashspec.models.decoder_gpu import FewTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,31 +92,61 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.max_context = config.max_context
         self.num_layers = config.num_layers
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32, device=self.device)  # (D / 2,)
+        self._few_tokens: FewTokens | None = None
+        if decoding.available(self.device):
+            from flashspec.models import decoder_gpu
+
+            if decoder_gpu.fits(config):
+                self._few_tokens = decoder_gpu.FewTokens(config, weights, self._inv_freq)
+
+    def warm_up(self) -> None:
+        """Before a graph is captured: measure how to cut this model's weights, where that is not known yet."""
+        if self._few_tokens is not None:
+            self._few_tokens.tune()
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.weights.embedding, self.weights.lm_head, self.weights.final_norm)
+
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
+        if self._few_tokens is not None and self._few_tokens.takes(token_ids):
+            return self._few_tokens.forward(token_ids, positions, cache, num_layers, features)
         places = self._places(positions)
         masks = {window: self._mask(positions, bound, window) for window in set(self.config.windows)}
         hidden = F.embedding(token_ids, self.weights.embedding)  # (B, Q, hidden)
         for index, layer in enumerate(self.weights.layers[:num_layers]):
+            if features is not None:
+                features.record(index, positions, hidden)
             normed = self._norm(hidden, layer.attention_norm)
             queries = self._write(layer, normed, places, cache.keys[index], cache.values[index])
             keys, values = cache.keys[index, :, :, :bound], cache.values[index, :, :, :bound]
             attended = self._attend(queries, keys, values, masks[self.config.windows[index]])
             hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
             hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
-        return self._norm(hidden, self.weights.final_norm)
+        hidden = self._norm(hidden, self.weights.final_norm)
+        if features is not None:
+            features.record(self.num_layers, positions, hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._few_tokens is not None:
+            return self._few_tokens.logits(hidden)
         return F.linear(hidden, self.weights.lm_head).float()
 
     def _places(self, positions: Tensor) -> _Places:

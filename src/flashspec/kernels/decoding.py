@@ -1,0 +1,44 @@
+"""The door to what a decoder of the Llama family does with few tokens. Every function has a twin in reference_decoder.
+
+M tokens; H query heads and K kv heads of D dimensions; matrices are (out, in). A product that reads `squares` takes
+x * norm weight as its input and applies the RMS norm's scale to its result; squares (M, any) float32 sum to |x|^2.
+With up to 16 tokens, a token's results have the same bits whatever other tokens share the call. Nothing is read back,
+and every launch can be captured in a CUDA graph.
+
+  embed(token_ids, positions, embedding, norm, frequencies, wave_scale, n_squares)
+      -> hidden (M, width), hidden * norm, squares (M, n_squares), waves (M, 2, D / 2): cos and sin, float32
+  project(x, weight, bias | None, squares | None, eps, dtype) -> (M, out)
+  project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
+  project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares
+  attend(qkv (M, (H + 2K) D), waves, positions (B, Q), keys, values (B, K, capacity, D), qk_norm ((H + K, D) | None),
+         eps, window | None) -> (M, H D); writes the new keys and values at their positions. Slots behind a row's last
+      position are not read.
+  normalise(hidden, norm, eps), add_norm(hidden, delta, norm, eps), gate(gate_up (M, 2I)): the steps for many tokens
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from flashspec.kernels import TRITON_AVAILABLE
+
+MOST_TOKENS = 64  # for the products; attend and the last three take any number
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether the device is a GPU that the kernels run on; where one is too old, a warning says so once."""
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    if TRITON_AVAILABLE and capability >= (8, 0):
+        return True
+    reason = "Triton is not installed"
+    if TRITON_AVAILABLE:
+        version = ".".join(map(str, capability))
+        reason = f"{torch.cuda.get_device_name(device)} has compute capability {version}, below 8.0"
+    warnings.warn(f"{reason}: the decoder runs in plain PyTorch, which is slower", stacklevel=2)
+    return False

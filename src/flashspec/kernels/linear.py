@@ -1,0 +1,239 @@
+"""Triton: matrix products with few tokens, which cost what reading the weights costs.
+
+A program owns `rows` outputs of every token and walks the depth in one fixed order, tokens padded to a tile: a token's
+result has the same bits however many others share the call. The weight tile is the left operand, so that the number of
+tokens never changes which matrix instruction is used.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from flashspec.kernels.tiling import Tiling, choose, overlaps, shared_memory, tiling_of
+
+AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
+LEAST_TOKENS = 16
+
+
+@triton.jit
+def ask_ahead(start_ptr, piece):
+    """Ask `piece` bytes (a multiple of 16) into L2 from each address; best with as many addresses as threads."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [start_ptr.to(tl.int64), tl.zeros(start_ptr.shape, tl.int32) + piece],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _join(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRANDS: tl.constexpr):
+    """The sum of the blocks on the diagonal, [ROWS, TOKENS]."""
+    line, column = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS)
+    acc = tl.where((line // ROWS)[:, None] == (column // TOKENS)[None, :], acc, 0.0)
+    acc = tl.sum(tl.reshape(acc, [ROWS * STRANDS, STRANDS, TOKENS]), 1)
+    return tl.sum(tl.reshape(acc, [STRANDS, ROWS, TOKENS]), 0)
+
+
+@triton.jit(do_not_specialize=["M", "n_squares", "piece"])
+def _linear_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    bias_ptr,
+    squares_ptr,
+    hidden_ptr,
+    norm_ptr,
+    weighted_ptr,
+    parts_ptr,
+    M,
+    N,
+    K,
+    strand_length,
+    n_squares,
+    piece,
+    eps,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRANDS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    THREADS: tl.constexpr,
+    EVEN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    tokens = tl.arange(0, TOKENS)  # [TOKENS]
+    in_rows, in_tokens = rows < N, tokens < M
+    # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
+    # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
+    line, column, depth = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
+    line_row = tl.minimum(tl.program_id(0) * ROWS + line % ROWS, N - 1).to(tl.int64)
+    line_at = line_row * K + line // ROWS * strand_length  # [ROWS * STRANDS]
+    weight_at = line_at[:, None] + depth[None, :]  # [ROWS * STRANDS, DEPTH]
+    x_at = (column % TOKENS * K + column // TOKENS * strand_length)[None, :] + depth[:, None]  # [DEPTH, columns]
+    in_columns = (column % TOKENS < M)[None, :]
+    up_ptr = weight_ptr + N.to(tl.int64) * K
+    if OVERLAP:
+        width = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+        piece_at = line_at[:, None] + tl.arange(0, THREADS // (ROWS * STRANDS))[None, :] * (piece // width)
+        ask_ahead(weight_ptr + piece_at, piece)
+        if GATED:
+            ask_ahead(up_ptr + piece_at, piece)
+        gdc_wait()
+        gdc_launch_dependents()
+
+    acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
+    acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
+    for start in range(0, strand_length, DEPTH):
+        if EVEN:
+            x = tl.load(x_ptr + x_at + start, mask=in_columns, other=0.0)
+            weight = tl.load(weight_ptr + weight_at + start)
+        else:
+            inside = start + depth < strand_length
+            x = tl.load(x_ptr + x_at + start, mask=in_columns & inside[:, None], other=0.0)
+            weight = tl.load(weight_ptr + weight_at + start, mask=inside[None, :], other=0.0)
+        acc = tl.dot(weight, x, acc, input_precision="ieee")
+        if GATED:
+            if EVEN:
+                up = tl.load(up_ptr + weight_at + start)
+            else:
+                up = tl.load(up_ptr + weight_at + start, mask=inside[None, :], other=0.0)
+            acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
+
+    if STRANDS > 1:
+        acc = _join(acc, ROWS, TOKENS, STRANDS)
+        if GATED:
+            acc_up = _join(acc_up, ROWS, TOKENS, STRANDS)
+    if SQUARES:
+        part = tl.arange(0, SQUARES)
+        kept = in_tokens[:, None] & (part < n_squares)[None, :]
+        squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
+        acc = acc * scale
+        if GATED:
+            acc_up = acc_up * scale
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    places = tokens[None, :] * N.to(tl.int64) + rows[:, None]
+    mask = in_rows[:, None] & in_tokens[None, :]
+    if ADDS:
+        acc += tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, out, mask=mask)
+    if ADDS:
+        new = tl.where(mask, out.to(tl.float32), 0.0)
+        norm = tl.load(norm_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
+        tl.store(weighted_ptr + places, (new * norm[:, None]).to(weighted_ptr.dtype.element_ty), mask=mask)
+        tl.store(parts_ptr + tokens * tl.num_programs(0) + tl.program_id(0), tl.sum(new * new, 0), mask=in_tokens)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    _launch(x, weight, out, tiling_of(weight), bias=bias, squares=squares, eps=eps)
+    return out
+
+
+def project_gated(x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+    _launch(x, weight, out, tiling_of(weight, gated=True), squares=squares, eps=eps, gated=True)
+    return out
+
+
+def project_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiling = tiling_of(weight)
+    out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
+    parts = torch.empty(len(x), triton.cdiv(len(weight), tiling.rows), dtype=torch.float32, device=x.device)
+    _launch(x, weight, out, tiling, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
+    return out, weighted, parts
+
+
+def tune(weights: Sequence[Tensor], gated: bool) -> None:
+    """Choose the tiling for weights of one shape by measurement."""
+    outputs, depth = weights[0].shape[0] // (2 if gated else 1), weights[0].shape[1]
+    x = torch.randn(8, depth, dtype=weights[0].dtype, device=weights[0].device)
+    out = torch.empty(8, outputs, dtype=x.dtype, device=x.device)
+    choose(weights, gated, lambda weight, tiling: _launch(x, weight, out, tiling, gated=gated))
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiling: Tiling,
+    *,
+    bias: Tensor | None = None,
+    squares: Tensor | None = None,
+    hidden: Tensor | None = None,
+    norm: Tensor | None = None,
+    weighted: Tensor | None = None,
+    parts: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> None:
+    M, K = x.shape
+    N = out.shape[1]
+    strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
+    tokens = max(triton.next_power_of_2(M), LEAST_TOKENS)
+    overlap = overlaps(x.device)
+    lines, columns = tiling.rows * strands, tokens * strands
+    stage_bytes = (lines * (2 if gated else 1) + columns) * tiling.depth * x.itemsize
+    threads = 32 * tiling.warps
+    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * x.itemsize * lines // threads)
+    with torch.cuda.device_of(x):
+        _linear_kernel[(triton.cdiv(N, tiling.rows),)](
+            x,
+            weight,
+            out,
+            bias,
+            squares,
+            hidden,
+            norm,
+            weighted,
+            parts,
+            M,
+            N,
+            K,
+            K // strands,
+            1 if squares is None else squares.shape[1],
+            ahead // 16 * 16,
+            eps,
+            TOKENS=tokens,
+            ROWS=tiling.rows,
+            DEPTH=tiling.depth,
+            STRANDS=strands,
+            THREADS=threads,
+            EVEN=K // strands % tiling.depth == 0,
+            SQUARES=0 if squares is None else triton.next_power_of_2(squares.shape[1]),
+            GATED=gated,
+            HAS_BIAS=bias is not None,
+            ADDS=hidden is not None,
+            OVERLAP=overlap,
+            num_warps=tiling.warps,
+            num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
+            **({"launch_pdl": True} if overlap else {}),
+        )

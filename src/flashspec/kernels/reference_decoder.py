@@ -1,0 +1,99 @@
+"""The decoder's kernels in plain PyTorch: what each of them computes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = F.linear(x, weight).float()
+    if squares is not None:
+        out *= _scale(squares, x.shape[1], eps)
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def project_gated(x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> Tensor:
+    gate, up = project(x, weight, None, squares, eps, torch.float32).chunk(2, 1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def project_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = hidden + F.linear(x, weight, bias)
+    return out, out * norm, out.float().square().sum(1, keepdim=True)
+
+
+def attend(
+    qkv: Tensor,
+    waves: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    qk_norm: Tensor | None,
+    eps: float,
+    window: int | None,
+) -> Tensor:
+    (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
+    heads = qkv.view(batch, queries, -1, dim)
+    rotated, new_values = heads.tensor_split((heads.shape[2] - n_kv,), dim=2)
+    if qk_norm is not None:
+        rotated = F.rms_norm(rotated.float(), (dim,), eps=eps) * qk_norm
+    cos, sin = waves.view(batch, queries, 1, 2, dim // 2).unbind(3)
+    first, second = rotated.chunk(2, 3)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), 3).to(qkv.dtype)
+    rows = torch.arange(batch, device=qkv.device)[:, None]
+    keys.transpose(1, 2).index_put_((rows, positions), rotated[:, :, -n_kv:])
+    values.transpose(1, 2).index_put_((rows, positions), new_values)
+
+    slots = torch.arange(capacity, device=qkv.device)
+    visible = slots <= positions[..., None]  # (B, Q, capacity)
+    if window is not None:
+        visible &= slots > positions[..., None] - window
+    out = F.scaled_dot_product_attention(
+        rotated[:, :, :-n_kv].transpose(1, 2), keys, values, attn_mask=visible[:, None], enable_gqa=True
+    )
+    return out.transpose(1, 2).reshape(batch * queries, -1)
+
+
+def embed(
+    token_ids: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    norm: Tensor,
+    frequencies: Tensor,
+    wave_scale: float,
+    n_squares: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = F.embedding(token_ids.flatten(), embedding)
+    squares = F.pad(hidden.float().square().sum(1, keepdim=True), (0, n_squares - 1))
+    angles = positions.flatten()[:, None].float() * frequencies
+    waves = (torch.stack((angles.cos(), angles.sin()), 1) * wave_scale).to(embedding.dtype).float()
+    return hidden, hidden * norm, squares, waves
+
+
+def normalise(hidden: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(hidden, norm.shape, norm, eps)
+
+
+def add_norm(hidden: Tensor, delta: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out = hidden + delta
+    return out, normalise(out, norm, eps)
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    first, second = gate_up.float().chunk(2, 1)
+    return (F.silu(first) * second).to(gate_up.dtype)
+
+
+def _scale(squares: Tensor, width: int, eps: float) -> Tensor:
+    return torch.rsqrt(squares.sum(1, keepdim=True) / width + eps)

@@ -1,0 +1,134 @@
+"""The Llama family's forward for few tokens on a GPU: six launches a layer, all of which a CUDA graph may hold.
+
+The grids depend on the cache's capacity, never on lengths, which are read on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashspec.kernels import attention, elementwise, linear
+from flashspec.kernels.decoding import MOST_TOKENS
+from flashspec.kernels.tiling import tiling_of
+from flashspec.models.base import Features, KVCache
+
+if TYPE_CHECKING:
+    from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
+
+Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
+
+MOST_QUERIES = 32  # a row; with more, PyTorch's attention is as fast
+MOST_ROWS_AND_QUERIES = 1024
+
+
+def fits(config: DecoderConfig) -> bool:
+    """Heads of 16, 32 ... 256 dimensions, and widths that 16-byte loads divide."""
+    widths = (config.hidden_size, config.intermediate_size, config.head_dim)
+    return config.head_dim <= 256 and all(width % 16 == 0 for width in widths)
+
+
+class FewTokens:
+    """`forward` and `logits` of a decoder, as its `LanguageModel` contract has them, but for few tokens."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor) -> None:
+        self._config, self._weights, self._frequencies = config, weights, frequencies
+        self._tuned = False
+
+    def takes(self, token_ids: Tensor) -> bool:
+        return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
+
+    def tune(self) -> None:
+        """Measure what has not been measured on this GPU; nothing while a graph is captured."""
+        if self._tuned or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        layers = self._weights.layers
+        linear.tune([layer.qkv for layer in layers], gated=False)
+        linear.tune([layer.output for layer in layers], gated=False)
+        linear.tune([layer.gate_up for layer in layers], gated=True)
+        linear.tune([layer.down for layer in layers], gated=False)
+        linear.tune([self._weights.lm_head], gated=False)
+        self._tuned = True
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        num_layers: int | None,
+        features: Features | None = None,
+    ) -> Tensor:
+        self.tune()
+        layers, positions = self._weights.layers[:num_layers], positions.contiguous()
+
+        def record(layer: int, hidden: Tensor) -> None:
+            if features is not None:
+                features.record(layer, positions, hidden.view(*token_ids.shape, -1))
+
+        run = self._narrow if token_ids.numel() <= MOST_TOKENS else self._wide
+        normed = run(token_ids.contiguous(), positions, cache, layers, record)
+        record(self._config.num_layers, normed)
+        return normed.view(*token_ids.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if not 0 < len(rows) <= MOST_TOKENS:
+            return F.linear(hidden, self._weights.lm_head).float()
+        self.tune()
+        out = linear.project(rows, self._weights.lm_head, None, None, 0.0, torch.float32)
+        return out.view(*hidden.shape[:-1], -1)
+
+    def _narrow(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record
+    ) -> Tensor:
+        """Every product at the memory's speed, with norm, activation and residual inside it."""
+        eps, dtype = self._config.norm_eps, self._weights.embedding.dtype
+        n_squares = -(-self._config.hidden_size // tiling_of(layers[0].down).rows)  # as later layers have them
+        hidden, weighted, squares, waves = self._embed(token_ids, positions, layers[0], n_squares)
+        for index, layer in enumerate(layers):
+            record(index, hidden)
+            qkv = linear.project(weighted, layer.qkv, layer.qkv_bias, squares, eps, dtype)
+            mixed = self._attend(index, qkv, waves, positions, cache)
+            hidden, weighted, squares = linear.project_add(
+                mixed, layer.output, layer.output_bias, hidden, layer.mlp_norm
+            )
+            gated = linear.project_gated(weighted, layer.gate_up, squares, eps)
+            following = self._norm_after(index, layers)
+            hidden, weighted, squares = linear.project_add(gated, layer.down, None, hidden, following)
+        return elementwise.normalise(hidden, self._weights.final_norm, eps)
+
+    def _wide(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record
+    ) -> Tensor:
+        """cuBLAS's products, which are ahead from some 64 tokens on."""
+        eps = self._config.norm_eps
+        hidden, _, _, waves = self._embed(token_ids, positions, layers[0], 1)
+        normed = elementwise.normalise(hidden, layers[0].attention_norm, eps)
+        for index, layer in enumerate(layers):
+            record(index, hidden)
+            mixed = self._attend(index, F.linear(normed, layer.qkv, layer.qkv_bias), waves, positions, cache)
+            delta = F.linear(mixed, layer.output, layer.output_bias)
+            hidden, normed = elementwise.add_norm(hidden, delta, layer.mlp_norm, eps)
+            delta = F.linear(elementwise.gate(F.linear(normed, layer.gate_up)), layer.down)
+            hidden, normed = elementwise.add_norm(hidden, delta, self._norm_after(index, layers), eps)
+        return normed
+
+    def _embed(
+        self, token_ids: Tensor, positions: Tensor, first: LayerWeights, n_squares: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, embedding = self._config.rotary_scale, self._weights.embedding
+        return elementwise.embed(
+            token_ids, positions, embedding, first.attention_norm, self._frequencies, scale, n_squares
+        )
+
+    def _attend(self, index: int, qkv: Tensor, waves: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        layer, window = self._weights.layers[index], self._config.windows[index]
+        keys, values, eps = cache.keys[index], cache.values[index], self._config.norm_eps
+        return attention.attend(qkv, waves, positions, keys, values, layer.qk_norm, eps, window)
+
+    def _norm_after(self, index: int, layers: tuple[LayerWeights, ...]) -> Tensor:
+        return layers[index + 1].attention_norm if index + 1 < len(layers) else self._weights.final_norm

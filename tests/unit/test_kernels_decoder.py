@@ -1,0 +1,164 @@
+"""The decoder's kernels against their twins: through Triton's interpreter on a CPU, for real on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashspec.kernels import TRITON_AVAILABLE
+from flashspec.kernels import reference_decoder as twin
+
+if not TRITON_AVAILABLE:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from flashspec.kernels import attention, elementwise, linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies bfloat16 tiles as if their bits were integers.
+DTYPES = [torch.float32, torch.float16 if DEVICE == "cpu" else torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error < (2e-6 if actual.dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(1, 48, 64), (5, 40, 96), (16, 33, 80), (20, 16, 192)])
+def test_projections_equal_their_twins(tokens: int, outputs: int, depth: int, dtype: torch.dtype) -> None:
+    x, weight = normal(tokens, depth, dtype=dtype), normal(outputs, depth, dtype=dtype, scale=0.1)
+    squares, bias = normal(tokens, 3).square(), normal(outputs, dtype=dtype)
+    assert_near(linear.project(x, weight, None, None, 0.0, dtype), twin.project(x, weight, None, None, 0.0, dtype))
+    for out in (dtype, torch.float32):
+        expected = twin.project(x.float(), weight.float(), bias.float(), squares, 1e-5, torch.float32)
+        assert_near(linear.project(x, weight, bias, squares, 1e-5, out), expected.to(out))
+    halves = normal(2 * outputs, depth, dtype=dtype, scale=0.3)
+    expected = twin.project_gated(x.float(), halves.float(), squares, 1e-5)
+    assert_near(linear.project_gated(x, halves, squares, 1e-5), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(3, 48, 64), (17, 41, 96)])
+def test_the_residual_comes_with_what_the_next_norm_needs(
+    tokens: int, outputs: int, depth: int, dtype: torch.dtype
+) -> None:
+    x, weight = normal(tokens, depth, dtype=dtype), normal(outputs, depth, dtype=dtype, scale=0.1)
+    hidden, norm, bias = (
+        normal(tokens, outputs, dtype=dtype),
+        normal(outputs, dtype=dtype),
+        normal(outputs, dtype=dtype),
+    )
+    for given in (None, bias):
+        expected = twin.project_add(x, weight, given, hidden, norm)
+        out, weighted, squares = linear.project_add(x, weight, given, hidden, norm)
+        assert_near(out, expected[0])
+        assert_near(weighted, expected[1])
+        torch.testing.assert_close(squares.sum(1, keepdim=True), expected[2], rtol=1e-2, atol=0)
+        torch.testing.assert_close(squares.sum(1), out.float().square().sum(1), rtol=1e-5, atol=0)
+
+
+class Attention:
+    """A random call: rows of text that end at `lengths`, the last `queries` tokens of each being new."""
+
+    def __init__(
+        self, lengths: list[int], queries: int, capacity: int, group: int, dim: int, dtype: torch.dtype, n_kv: int = 2
+    ) -> None:
+        batch = len(lengths)
+        self.positions = torch.tensor([range(n - queries, n) for n in lengths], device=DEVICE).clamp(0, capacity - 1)
+        self.qkv = normal(batch * queries, (group + 2) * n_kv * dim, dtype=dtype)
+        angles = normal(batch * queries, 1, dim // 2) * 3
+        self.waves = torch.cat((angles.cos(), angles.sin()), 1).to(dtype).float()
+        self.keys = normal(batch, n_kv, capacity, dim, dtype=dtype)
+        self.values = normal(batch, n_kv, capacity + 1, dim, dtype=dtype)[:, :, 1:].contiguous()
+        self.qk_norm = normal((group + 1) * n_kv, dim, dtype=dtype)
+        for row, n in enumerate(lengths):  # what stands behind a text must not matter
+            self.keys[row, :, n:] = self.values[row, :, n:] = math.nan
+
+    def run(self, attend, norm: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.keys.clone(), self.values.clone()
+        if attend is twin.attend:
+            keys, values = keys.nan_to_num(), values.nan_to_num()
+        qk_norm = self.qk_norm if norm else None
+        out = attend(self.qkv, self.waves, self.positions, keys, values, qk_norm, 1e-5, window)
+        return out, keys.nan_to_num(), values.nan_to_num()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "queries", "capacity", "group", "dim", "norm", "window"),
+    [
+        ([1], 1, 8, 1, 16, False, None),
+        ([130], 1, 200, 4, 64, False, None),
+        ([5, 131, 300], 5, 310, 3, 32, True, None),
+        ([128, 257], 2, 260, 2, 96, False, 100),
+        ([40], 17, 64, 8, 16, True, 7),
+        ([4200], 3, 4200, 2, 16, False, None),
+    ],
+)
+def test_attention_equals_its_twin(
+    lengths: list[int],
+    queries: int,
+    capacity: int,
+    group: int,
+    dim: int,
+    norm: bool,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
+    call = Attention(lengths, queries, capacity, group, dim, dtype)
+    for actual, expected in zip(
+        call.run(attention.attend, norm, window), call.run(twin.attend, norm, window), strict=True
+    ):
+        assert_near(actual, expected)
+
+
+def test_queries_that_share_the_last_slot() -> None:
+    """Drafts beyond the cache are clamped to its end: either value may stay, the tokens before must not notice."""
+    call = Attention([14], 4, 16, 2, 16, torch.float32)
+    plain = call.run(attention.attend, False, None)[0]
+    call.positions = torch.tensor([[10, 11, 12, 12]], device=DEVICE)
+    clamped, keys, _ = call.run(attention.attend, False, None)
+    assert torch.equal(clamped[:2], plain[:2])
+    assert keys[0, :, 12].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_rest_equals_its_twins(dtype: torch.dtype) -> None:
+    table, norm, delta = normal(11, 48, dtype=dtype), normal(48, dtype=dtype), normal(3, 48, dtype=dtype)
+    ids = torch.tensor([[3, 10, 0]], device=DEVICE)
+    positions = torch.tensor([[0, 1, 5000]], device=DEVICE)
+    arguments = ids, positions, table, norm, normal(6).abs(), 1.5, 4
+    hidden, weighted, squares, waves = elementwise.embed(*arguments)
+    expected = twin.embed(*arguments)
+    assert torch.equal(hidden, expected[0])
+    assert_near(weighted, expected[1])
+    torch.testing.assert_close(squares, expected[2])
+    torch.testing.assert_close(waves, expected[3], rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert_near(elementwise.normalise(hidden, norm, 1e-5), twin.normalise(hidden, norm, 1e-5))
+    for actual, wanted in zip(
+        elementwise.add_norm(hidden, delta, norm, 1e-5), twin.add_norm(hidden, delta, norm, 1e-5), strict=True
+    ):
+        assert_near(actual, wanted)
+    assert_near(elementwise.gate(table), twin.gate(table))
+
+
+def test_an_id_outside_the_vocabulary_reads_no_other_memory() -> None:
+    table = normal(5, 16)
+    ids = torch.tensor([[-1, 5, 2**40]], device=DEVICE)
+    hidden, *_ = elementwise.embed(ids, torch.zeros_like(ids), table, normal(16), normal(4), 1.0, 1)
+    assert torch.equal(hidden, table[[0, 4, 4]])
