@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flashspec.bench import report
 from flashspec.bench.methods import HF_DTYPES, Method, Setup, Take, make_method
-from flashspec.bench.prompts import SMALL, PromptSet, load_prompts
+from flashspec.bench.prompts import SMALL, load_prompts
 from flashspec.bench.provenance import provenance
-from flashspec.bench.report import draw, write_json
+from flashspec.config import default_device
+from flashspec.core import FlashSpecError
 from flashspec.engine import DEFAULT_DRAFTERS
 from flashspec.metrics.arms import summarise_arms
 
 DEFAULT_METHODS = ("hf-float32", "hf-bfloat16", "plain", "auto")
+Batches = list[list[list[int]]]  # of prompts' token ids
+Progress = Callable[[str, float | None], None]
 
 
 def run(
@@ -26,53 +31,68 @@ def run(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     output: Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str = "auto",
-    progress: Callable[[str, float | None], None] | None = None,
-) -> dict[str, Any]:
-    """Decode every prompt with every method; returns {"provenance", "settings", "rows"}, written to `output` with a
-    plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's figures are
-    medians over its prompts, speed-ups medians of per-prompt ratios. speedup_vs_hf is over the faster dtype of
-    transformers' plain generate; null where the other side of a ratio was not among the methods."""
+    progress: Progress | None = None,
+    shape: str | None = None,
+    batch_sizes: Sequence[int] = (1,),
+) -> report.Result:
+    """Decode every prompt with every method; returns {"kind", "provenance", "settings", "rows"}, written to `output`
+    with CSV and plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's
+    figures are medians over its batches, speed-ups medians of per-batch ratios. speedup_vs_hf is over the fastest of
+    transformers' plain and compiled generate; null where the other side of a ratio was not among the methods.
+    device None: what the machine has. shape: widen the target to it."""
+    single = [name for name in methods if name in ("hf-lookup", "hf-assisted")]
+    if single and max(batch_sizes) > 1:
+        raise FlashSpecError(f"method {single[0]!r} decodes one prompt at a time: leave it out, or batch size 2 and up")
+    device = device or default_device()
     origin = provenance(device)  # now, not when the files may have changed
-    setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature, progress)
+    setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature, progress, shape)
     sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
+    encoded = {found.name: [_encode(prompt, setup) for prompt in found.prompts] for found in sets}
+    longest = max(len(prompt) for found in encoded.values() for prompt in found)
+    setup = replace(setup, room=longest + max_new_tokens)
     made = {name: make_method(name, setup) for name in methods}
-    takes = {prompt_set.name: _decode(prompt_set, made, setup, progress) for prompt_set in sets}
-    rows = [row for name, by_method in takes.items() for row in summarise(name, by_method)]
+    rows = []
+    for name, found in encoded.items():
+        for size in batch_sizes:
+            rows += summarise(name, *_decode(name, batches(found, size), made, progress), size)
     settings = {
         "target": setup.loaded.name,
         "drafters": list(drafters),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "dtype": dtype,
-        "hf_lookup": "prompt_lookup_num_tokens=5, float32",
-        "hf_assisted": "transformers' default assistant schedule, float32",
+        "hf_lookup": "prompt_lookup_num_tokens=5, float32 on a CPU, bfloat16 on a GPU",
+        "hf_assisted": "transformers' default assistant schedule, dtype as hf_lookup",
     }
-    result = {"provenance": origin, "settings": settings, "rows": rows}
+    result = {"kind": "endtoend", "provenance": origin, "settings": settings, "rows": rows}
     if output is not None:
-        write_json(result, output)
-        draw(result, output.with_suffix(".png"))
+        report.write(result, output)
     return result
 
 
+def batches(prompts: list[list[int]], size: int) -> Batches:
+    """In order; the last one is filled up from the beginning, so that all are full."""
+    count = -(-len(prompts) // size)
+    filled = (prompts * size)[: count * size]
+    return [filled[start : start + size] for start in range(0, len(filled), size)]
+
+
 def _decode(
-    prompt_set: PromptSet,
-    methods: dict[str, Method],
-    setup: Setup,
-    progress: Callable[[str, float | None], None] | None,
-) -> dict[str, list[Take]]:
-    takes: dict[str, list[Take]] = {name: [] for name in methods}
-    names = list(methods)
-    encoded = [_encode(prompt, setup) for prompt in prompt_set.prompts]
-    for name in names:
-        methods[name](encoded[0])  # warm-up, not counted
-    for index, token_ids in enumerate(encoded):
-        for name in names[index % len(names) :] + names[: index % len(names)]:  # no method is always first
-            takes[name].append(methods[name](token_ids))
+    name: str, found: Batches, methods: dict[str, Method], progress: Progress | None
+) -> tuple[dict[str, list[Take]], dict[str, float]]:
+    """Takes, and the seconds of each method's first call, which is not among them: it compiles, captures, warms up."""
+    takes: dict[str, list[Take]] = {method: [] for method in methods}
+    order = list(methods)
+    longest = max(found, key=lambda batch: max(map(len, batch)))
+    first = {method: methods[method](longest).seconds for method in order}
+    for index, batch in enumerate(found):
+        for method in order[index % len(order) :] + order[: index % len(order)]:  # no method is always first
+            takes[method].append(methods[method](batch))
         if progress is not None:
-            progress(prompt_set.name, (index + 1) / len(encoded))
-    return takes
+            progress(name, (index + 1) / len(found))
+    return takes, first
 
 
 def _encode(prompt: str, setup: Setup) -> list[int]:
@@ -84,23 +104,28 @@ def _encode(prompt: str, setup: Setup) -> list[int]:
     return tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
 
 
-def summarise(prompts: str, takes: dict[str, list[Take]]) -> list[dict[str, Any]]:
-    """One row a method."""
+def summarise(
+    prompts: str, takes: dict[str, list[Take]], first: dict[str, float], batch_size: int = 1
+) -> list[dict[str, Any]]:
+    """One row a method; n counts answers; first: seconds of each method's first call."""
     plain = takes.get("plain")
-    hugging_face = [takes[name] for name in HF_DTYPES if name in takes]
+    hugging_face = [takes[name] for name in (*HF_DTYPES, "hf-compiled") if name in takes]
     best = max(hugging_face, key=lambda found: median(take.tokens_per_second for take in found), default=None)
     reference = takes.get("hf-float32")
     return [
         {
             "method": name,
             "prompts": prompts,
-            "n": len(found),
-            "tokens": sum(len(take.token_ids) for take in found),
+            "batch_size": batch_size,
+            "n": sum(len(take.rows) for take in found),
+            "tokens": sum(take.n_tokens for take in found),
             "tokens_per_second": round(median(take.tokens_per_second for take in found), 2),
+            "first_call_seconds": round(first[name], 3),
             "acceptance_length": _acceptance_length(found),
             "speedup_vs_plain": _speedup(found, plain),
             "speedup_vs_hf": _speedup(found, best),
             "same_text_as_hf_float32": _agreement(found, reference),
+            "same_text_as_plain": _agreement(found, plain),
             "arms": [arm.as_dict() for arm in summarise_arms([step for take in found for step in take.steps])],
         }
         for name, found in takes.items()
@@ -115,12 +140,18 @@ def _speedup(takes: list[Take], baseline: list[Take] | None) -> float | None:
 
 
 def _acceptance_length(takes: list[Take]) -> float | None:
-    lengths = [sum(step.emitted for step in take.steps) / len(take.steps) for take in takes if take.steps]
+    """Tokens emitted a row per target forward."""
+    lengths = [
+        sum(step.emitted for step in take.steps) / sum(len(step.rows) for step in take.steps)
+        for take in takes
+        if take.steps
+    ]
     return round(median(lengths), 3) if lengths else None
 
 
 def _agreement(takes: list[Take], reference: list[Take] | None) -> float | None:
-    """The share of prompts whose tokens are exactly those of transformers in float32."""
+    """The share of answers whose tokens are exactly those of the reference."""
     if reference is None:
         return None
-    return round(sum(a.token_ids == b.token_ids for a, b in zip(takes, reference, strict=True)) / len(takes), 3)
+    pairs = [pair for a, b in zip(takes, reference, strict=True) for pair in zip(a.rows, b.rows, strict=True)]
+    return round(sum(a == b for a, b in pairs) / len(pairs), 3)

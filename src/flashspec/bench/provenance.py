@@ -1,4 +1,4 @@
-"""Where a number comes from: hardware, versions, commit, command, date."""
+"""Where a number comes from: hardware, driver, versions, commit, command, date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from flashspec import __version__
 
-PACKAGES = ("torch", "transformers", "triton", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "triton", "flashinfer-python", "tokenizers", "numpy")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -23,16 +23,30 @@ def provenance(device: str) -> dict[str, Any]:
         "hardware": _hardware(device),
         "versions": {"flashspec": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
-        "command": " ".join(["flashspec", *sys.argv[1:]]),
+        "command": " ".join(_without_folder(word) for word in sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _without_folder(word: str) -> str:
+    """An absolute path says more about a machine than about a measurement."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def _hardware(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        return {"gpu": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+        memory = round(properties.total_memory / 1e9, 1)
+        return {"gpu": properties.name, "memory_gb": memory, "driver": _driver(), "cuda": torch.version.cuda}
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "flags": _cpu_flags()}
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return _output(query).splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _cpu_info(field: str) -> str:
@@ -63,15 +77,14 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, with '+' where files differ from it; None outside a checkout."""
+    """The source tree's commit, with '+' where files differ from it. Outside a checkout what FLASHSPEC_COMMIT says."""
     here = Path(__file__).parent
     try:
-        commit = _git(here, "rev-parse", "HEAD")
-        return commit + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+        commit = _output(["git", "rev-parse", "HEAD"], here)
+        return commit + ("+" if _output(["git", "status", "--porcelain", "--untracked-files=no"], here) else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FLASHSPEC_COMMIT")
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", *arguments]
+def _output(command: list[str], folder: Path | None = None) -> str:
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

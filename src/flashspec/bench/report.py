@@ -1,100 +1,186 @@
-"""Results as files, tables and plots."""
+"""Results as files, tables and plots: what the columns of each kind of benchmark are is said here, once."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from flashspec.bench import plots
 
-def write_json(result: dict[str, Any], path: Path) -> None:
+Result = dict[str, Any]  # {"kind", "provenance", "settings", "rows"}
+Role = Literal["name", "speed", "time", "ratio", "note"]
+NAME: Role = "name"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """key: of a row. role: a name tells rows apart; a speed is better when it grows, a time when it falls, both on one
+    machine only; a ratio within one run is better when it grows, on any machine; a note is not compared."""
+
+    key: str
+    heading: str
+    form: str
+    role: Role
+
+
+def _name(key: str, heading: str | None = None) -> Column:
+    return Column(key, heading or key, "{}", NAME)
+
+
+COLUMNS = {
+    "endtoend": (
+        _name("prompts"),
+        _name("method"),
+        _name("batch_size", "batch"),
+        Column("tokens_per_second", "tokens/s", "{:.1f}", "speed"),
+        Column("acceptance_length", "tokens per forward", "{:.2f}", "note"),
+        Column("speedup_vs_plain", "vs plain", "{:.2f}x", "ratio"),
+        Column("speedup_vs_hf", "vs hf", "{:.2f}x", "ratio"),
+        Column("same_text_as_hf_float32", "same text", "{:.0%}", "note"),
+        Column("same_text_as_plain", "same as plain", "{:.0%}", "note"),
+    ),
+    "kernels": (
+        _name("kernel"),
+        _name("dtype"),
+        _name("batch_size", "B"),
+        _name("gamma", "γ"),
+        _name("vocab_size", "V"),
+        _name("queries", "Q"),
+        _name("context"),
+        _name("shape"),
+        Column("microseconds", "µs", "{:.1f}", "time"),
+        Column("cold_microseconds", "cold µs", "{:.1f}", "time"),
+        Column("floor_microseconds", "floor µs", "{:.1f}", "note"),
+        Column("tb_per_second", "TB/s", "{:.2f}", "note"),
+        Column("roofline_share", "of roofline", "{:.0%}", "ratio"),
+        Column("pytorch_microseconds", "PyTorch µs", "{:.1f}", "note"),
+        Column("speedup_vs_pytorch", "vs PyTorch", "{:.1f}x", "ratio"),
+        Column("flashinfer_microseconds", "FlashInfer µs", "{:.1f}", "note"),
+        Column("speedup_vs_flashinfer", "vs FlashInfer", "{:.1f}x", "ratio"),
+    ),
+    "steps": (
+        _name("part"),
+        _name("method"),
+        _name("arm"),
+        _name("batch_size", "batch"),
+        _name("width", "tokens"),
+        Column("microseconds", "µs", "{:.0f}", "time"),
+        Column("forward_microseconds", "of it forwards", "{:.0f}", "note"),
+        Column("rest_microseconds", "the rest", "{:.0f}", "note"),
+        Column("over_plain", "over plain", "{:.2f}x", "note"),
+        Column("mbu", "MBU", "{:.2f}", "ratio"),
+    ),
+}
+
+
+def kind_of(result: Result) -> str:
+    """Files of before kinds were written are told by their rows."""
+    known: str = result.get("kind") or ("kernels" if any("kernel" in row for row in result["rows"]) else "endtoend")
+    return known
+
+
+def write(result: Result, path: Path) -> None:
+    """JSON at `path`; beside it the rows as CSV, and a plot where matplotlib is installed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     os.replace(temporary, path)
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        keys = {key: None for row in result["rows"] for key, value in row.items() if not isinstance(value, list)}
+        writer = csv.DictWriter(file, list(keys), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    plots.draw(kind_of(result), result, path.with_suffix(".png"))
 
 
-def table(result: dict[str, Any]) -> Table:
+def title(result: Result) -> str:
+    settings = result["settings"]
+    parts = [settings.get("target"), settings.get("dtype")]
+    if "max_new_tokens" in settings:
+        parts += [f"{settings['max_new_tokens']} new tokens", f"{result['rows'][0]['n']} answers a row"]
+    if "copy_tb_per_second" in settings:
+        parts.append(f"copies at {settings['copy_tb_per_second']:.3g} TB/s")
+    return ", ".join(part for part in parts if part)
+
+
+def cells(result: Result) -> tuple[list[Column], list[list[str]]]:
+    """The columns that any row fills, a batch size of 1 aside, and the rows as text."""
+    filled = [
+        column
+        for column in COLUMNS[kind_of(result)]
+        if {row.get(column.key) for row in result["rows"]} - {None, 1 if column.key == "batch_size" else None}
+    ]
+    return filled, [[_number(row.get(column.key), column.form) for column in filled] for row in result["rows"]]
+
+
+def table(result: Result) -> Table:
     """Rows in the order they were measured."""
-    found = Table(title=f"{result['settings']['target']}, {result['settings']['max_new_tokens']} new tokens")
-    for heading in ("prompts", "method", "n"):
-        found.add_column(heading)
-    for heading in ("tokens/s", "tokens/forward", "vs plain", "vs transformers", "same text"):
-        found.add_column(heading, justify="right")
-    for row in result["rows"]:
-        found.add_row(
-            row["prompts"],
-            row["method"],
-            str(row["n"]),
-            f"{row['tokens_per_second']:.1f}",
-            _number(row["acceptance_length"], "{:.2f}"),
-            _number(row["speedup_vs_plain"], "{:.2f}x"),
-            _number(row["speedup_vs_hf"], "{:.2f}x"),
-            _number(row["same_text_as_hf_float32"], "{:.0%}"),
-        )
+    columns, rows = cells(result)
+    found = Table(title=title(result), box=SIMPLE_HEAD)
+    for column in columns:
+        found.add_column(column.heading, justify="left" if column.role == NAME else "right")
+    for row in rows:
+        found.add_row(*row)
     return found
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The same table for a README, one line a method and a column of tokens per second and speed-ups a prompt set."""
-    rows, settings, versions = result["rows"], result["settings"], result["provenance"]["versions"]
-    sets = list(dict.fromkeys(row["prompts"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    cells = {(row["method"], row["prompts"]): row for row in rows}
-    lines = [
-        "| method | " + " | ".join(f"{name}: tokens/s, × transformers, × plain, same text" for name in sets) + " |",
-        "|---|" + "---|" * len(sets),
-    ]
-    for method in methods:
-        found = [cells[method, name] for name in sets]
-        lines.append(f"| {method} | " + " | ".join(map(_cell, found)) + " |")
+def markdown(result: Result) -> str:
+    """A table for a README, and a line that says where its numbers come from."""
+    kind, settings, versions = kind_of(result), result["settings"], result["provenance"]["versions"]
     hardware = result["provenance"]["hardware"]
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
-    lines += [
-        "",
-        f"{settings['target']}, {rows[0]['n']} prompts a set, {settings['max_new_tokens']} new tokens, "
-        f"temperature {settings['temperature']:g}; {place}; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; {result['provenance']['date'][:10]}.",
+    what = title(result)
+    if kind == "endtoend":
+        what = (
+            f"{settings['target']}, {result['rows'][0]['n']} prompts a set, {settings['max_new_tokens']} new tokens, "
+            f"temperature {settings['temperature']:g}"
+        )
+    source = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    lines = _by_method(result) if kind == "endtoend" else _plain_markdown(result)
+    return "\n".join([*lines, "", f"{what}; {place}; {source}; {result['provenance']['date'][:10]}."])
+
+
+def _plain_markdown(result: Result) -> list[str]:
+    columns, rows = cells(result)
+    rule = "|" + "|".join("---" if column.role == NAME else "---:" for column in columns) + "|"
+    return [_line([column.heading for column in columns]), rule, *map(_line, rows)]
+
+
+def _by_method(result: Result) -> list[str]:
+    """One line a method, a column of tokens per second and speed-ups a prompt set, and batch size if there are many."""
+    rows = result["rows"]
+    several = len({row.get("batch_size", 1) for row in rows}) > 1
+
+    def heading(row: dict[str, Any]) -> str:
+        return f"{row['prompts']}, batch {row['batch_size']}" if several else str(row["prompts"])
+
+    groups = list(dict.fromkeys(map(heading, rows)))
+    found = {(row["method"], heading(row)): row for row in rows}
+    lines = [
+        _line(["method", *(f"{name}: tokens/s, × transformers, × plain, same text" for name in groups)]),
+        "|---|" + "---|" * len(groups),
     ]
-    return "\n".join(lines)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append(_line([method, *(_summary(found[method, name]) for name in groups)]))
+    return lines
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _line(parts: list[str]) -> str:
+    return "| " + " | ".join(parts) + " |"
+
+
+def _summary(row: dict[str, Any]) -> str:
     speeds = [_number(row[name], "{:.2f}×") for name in ("speedup_vs_hf", "speedup_vs_plain")]
     same = _number(row["same_text_as_hf_float32"], "{:.0%}")
     return ", ".join(part for part in (f"{row['tokens_per_second']:.1f}", *speeds, same) if part)
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float | str | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Tokens per second by method, one group of bars a prompt set; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = result["rows"]
-    sets = list(dict.fromkeys(row["prompts"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = pyplot.subplots(figsize=(2 + 2.4 * len(sets), 4), layout="constrained")
-    width = 0.8 / len(methods)
-    for place, method in enumerate(methods):
-        heights = {row["prompts"]: row["tokens_per_second"] for row in rows if row["method"] == method}
-        bars = axes.bar([i + place * width for i in range(len(sets))], [heights[name] for name in sets], width)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-        bars.set_label(method)
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(sets))], sets)
-    axes.set_ylabel("tokens per second (median over prompts)")
-    axes.set_title(result["settings"]["target"], fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=7, ncols=5, frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

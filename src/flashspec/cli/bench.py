@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,32 @@ import click
 
 from flashspec.cli.options import model_options
 from flashspec.cli.terminal import Waiting
+
+RESULT = click.Path(exists=True, dir_okay=False, path_type=Path)
+SHAPES = click.Choice(["135m", "1b", "8b", "70b"])
+
+
+def _words(context: click.Context, option: click.Parameter, value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _numbers(context: click.Context, option: click.Parameter, value: str) -> list[int]:
+    parts = _words(context, option, value)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} should be numbers from 1 up, such as 1,4,16")
+    return [int(part) for part in parts]
+
+
+batch_size_option = click.option(
+    "--batch-size",
+    "batch_sizes",
+    default="",
+    callback=_numbers,
+    help="Rows decoded together, such as 1,4,16: throughput by batch size.  [default: 1]",
+)
+output_option = click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file; CSV and a plot go beside it."
+)
 
 
 @click.group(no_args_is_help=False)
@@ -18,33 +45,112 @@ def bench() -> None:
 
 @bench.command()
 @model_options
+@click.option("--shape", type=SHAPES, help="Widen the target: its text, at the cost of a model of that shape.")
 @click.option("--drafter", "drafters", multiple=True, help="As in 'flashspec generate'. Repeatable.")
 @click.option(
     "--prompts",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=RESULT,
     help="A prompt a line, or JSON lines with 'turns' or 'prompt'. Repeatable.  [default: a few built in]",
 )
 @click.option(
     "--methods",
     default="hf-float32,hf-bfloat16,plain,auto",
     show_default=True,
-    help="Also hf-lookup, hf-assisted, ucb1, thompson, and arms such as ngram:4.",
+    callback=_words,
+    help="Also hf-compiled (on a GPU), hf-lookup, hf-assisted, ucb1, thompson, and arms such as ngram:4.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="So many prompts of each file.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file; a plot goes beside it.")
-def endtoend(methods: str, output: Path | None, **options: Any) -> None:
+@batch_size_option
+@output_option
+def endtoend(**options: Any) -> None:
     """Whole answers: every method on every prompt, interleaved."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)  # a fault here costs no run
-    named = {name: value for name, value in options.items() if value not in (None, ())}
+    from flashspec.bench.endtoend import run
+
+    _measure(run, options)
+
+
+@bench.command()
+@click.option("--kernel", "kernels", multiple=True, help="Only this one. Repeatable.  [default: all]")
+@click.option("--quick", is_flag=True, help="A small grid of shapes.")
+@click.option("--device", help="cuda or cuda:N.")
+@output_option
+def kernels(**options: Any) -> None:
+    """Kernels against the memory's speed, PyTorch and FlashInfer, inside CUDA graphs."""
+    from flashspec.bench.kernels import run
+
+    _measure(run, options)
+
+
+@bench.command()
+@model_options
+@click.option("--shape", type=SHAPES, help="Widen the target to it.")
+@click.option("--random", is_flag=True, help="Random weights of the shape, in place of a widened target.")
+@click.option("--widths", default="1,2,5,9,17", show_default=True, callback=_numbers, help="Tokens a forward.")
+@batch_size_option
+@click.option(
+    "--arms",
+    default="plain,ngram:1,ngram:2,ngram:4,ngram:8,ngram:16,early-exit:4",
+    show_default=True,
+    callback=_words,
+    help="Whole steps of these.",
+)
+@click.option("--drafter-sizes", default="", callback=_words, help="Random drafters, of 30m,135m,360m,1b.")
+@click.option(
+    "--baselines",
+    default="",
+    callback=_words,
+    help="transformers-eager, transformers-graph, transformers-compiled (takes minutes).",
+)
+@click.option("--context", type=click.IntRange(min=128), default=1024, show_default=True, help="Tokens in the cache.")
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True)
+@output_option
+def steps(
+    widths: list[int],
+    batch_sizes: list[int],
+    arms: list[str],
+    drafter_sizes: list[str],
+    baselines: list[str],
+    **options: Any,
+) -> None:
+    """What a step is made of: forwards by width, arms, drafters by size; times, and the share of the memory's speed."""
+    from flashspec.bench.steps import Plan, run
+
+    plan = Plan(widths, batch_sizes or [1], arms, drafter_sizes, baselines)
+    _measure(run, options | {"plan": plan})
+
+
+@bench.command()
+@click.argument("old", type=RESULT)
+@click.argument("new", type=RESULT)
+@click.option(
+    "--tolerance", type=click.FloatRange(0.0, 1.0), default=0.05, show_default=True, help="How far one may fall."
+)
+def compare(old: Path, new: Path, tolerance: float) -> None:
+    """Whether NEW is slower than OLD; exit status 1 if so."""
+    from rich.console import Console
+
+    from flashspec.bench.compare import compare as compare_files
+    from flashspec.core import FlashSpecError
+
+    found = compare_files(old, new, tolerance)
+    Console().print(found.table())
+    if found.regressions:
+        count, total = len(found.regressions), len(found.changes)
+        raise FlashSpecError(f"{count} of {total} figures fell by more than {tolerance:.0%}")
+
+
+def _measure(run: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:
+    """Run a benchmark with the options that were given, and print its table."""
+    from rich.console import Console
+
+    from flashspec.bench.report import table
+
+    if options["output"] is not None:
+        options["output"].parent.mkdir(parents=True, exist_ok=True)  # a fault here costs no run
+    named = {name: value for name, value in options.items() if value not in (None, (), [])}
     with Waiting() as waiting:
-        from rich.console import Console
-
-        from flashspec.bench.endtoend import run
-        from flashspec.bench.report import table
-
-        result = run(methods=[name.strip() for name in methods.split(",")], output=output, progress=waiting, **named)
+        result = run(progress=waiting, **named)
     Console().print(table(result))

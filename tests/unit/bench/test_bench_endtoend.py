@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,17 @@ from fakes import MarkovModel
 from small_models import llama
 
 from flashspec.bench import endtoend, methods
-from flashspec.bench.endtoend import summarise
+from flashspec.bench.endtoend import batches, summarise
 from flashspec.bench.methods import Setup, Take, make_method
 from flashspec.bench.report import table
+from flashspec.bench.shapes import SHAPES, Shape
 from flashspec.core import PLAIN, Arm, FlashSpecError, RowStep, StepRecord
 from flashspec.models.loading import LoadedModel
 
 
 def take(tokens: int, seconds: float, steps: int = 0) -> Take:
     records = tuple(StepRecord(PLAIN, (RowStep(0, 0, tokens // steps),), seconds / steps) for _ in range(steps))
-    return Take(tuple(range(tokens)), seconds, records)
+    return Take((tuple(range(tokens)),), seconds, records)
 
 
 def test_speedups_are_medians_of_per_prompt_ratios() -> None:
@@ -30,18 +32,39 @@ def test_speedups_are_medians_of_per_prompt_ratios() -> None:
             "plain": [take(10, 4.0, 10), take(10, 2.0, 10), take(10, 1.0, 10)],
             "auto": [take(10, 1.0, 5), take(10, 1.0, 5), take(10, 1.0, 5)],
         },
+        {"hf-float32": 4.0, "hf-bfloat16": 3.0, "plain": 2.0, "auto": 1.23456},
     )
     by_method = {row["method"]: row for row in rows}
     assert by_method["auto"]["speedup_vs_plain"] == 2.0  # of 4, 2, 1
     assert by_method["auto"]["speedup_vs_hf"] == 5.0  # bfloat16 is the faster one
     assert by_method["auto"]["acceptance_length"] == 2.0
     assert by_method["plain"]["tokens_per_second"] == 5.0
+    assert by_method["auto"]["first_call_seconds"] == 1.235
     assert by_method["hf-float32"]["acceptance_length"] is None
-    assert by_method["auto"]["same_text_as_hf_float32"] == 1.0
+    assert by_method["auto"]["same_text_as_hf_float32"] == by_method["auto"]["same_text_as_plain"] == 1.0
+
+
+def test_a_batch_counts_all_its_rows() -> None:
+    """Two rows of five tokens in two seconds and five steps; one of them is not what the baseline wrote."""
+    steps = tuple(StepRecord(PLAIN, (RowStep(0, 0, 1), RowStep(0, 0, 1)), 0.4) for _ in range(5))
+    ours, theirs = ((1, 2, 3, 4, 5), (6, 7, 8, 9, 10)), ((1, 2, 3, 4, 5), (6, 7, 8, 9, 0))
+    rows = summarise(
+        "set",
+        {"plain": [Take(ours, 2.0, steps)], "hf-float32": [Take(theirs, 4.0)]},
+        {"plain": 9.0, "hf-float32": 9.0},
+        2,
+    )
+    assert (rows[0]["batch_size"], rows[0]["n"], rows[0]["tokens"], rows[0]["tokens_per_second"]) == (2, 2, 10, 5.0)
+    assert (rows[0]["acceptance_length"], rows[0]["same_text_as_hf_float32"]) == (1.0, 0.5)
+
+
+def test_the_last_batch_is_filled_up() -> None:
+    assert batches([[1], [2], [3]], 2) == [[[1], [2]], [[3], [1]]]
+    assert batches([[1], [2]], 5) == [[[1], [2], [1], [2], [1]]]
 
 
 def test_a_ratio_without_its_baseline_is_null() -> None:
-    (row,) = summarise("set", {"auto": [take(4, 1.0, 2)]})
+    (row,) = summarise("set", {"auto": [take(4, 1.0, 2)]}, {"auto": 1.0})
     assert row["speedup_vs_plain"] is row["speedup_vs_hf"] is row["same_text_as_hf_float32"] is None
 
 
@@ -69,12 +92,15 @@ def test_a_run_writes_rows_provenance_and_a_plot(tmp_path: Path, monkeypatch: py
         ["plain", "ngram:2", "auto", "ucb1"],
         limit=2,
         max_new_tokens=6,
+        device="cpu",
         output=output,
         progress=lambda what, fraction: heard.append((what, fraction)),
     )
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     assert [row["method"] for row in result["rows"]] == ["plain", "ngram:2", "auto", "ucb1"]
     assert all(row["n"] == 2 and row["tokens"] == 12 and row["prompts"] == "some" for row in result["rows"])
+    lines = output.with_suffix(".csv").read_text().splitlines()
+    assert lines[0].startswith("method,prompts,batch_size,n,tokens,") and "arms" not in lines[0] and len(lines) == 5
     assert {"hardware", "versions", "commit", "command", "date"} <= result["provenance"].keys()
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert heard[-1] == ("some", 1.0)
@@ -84,26 +110,66 @@ def test_a_run_writes_rows_provenance_and_a_plot(tmp_path: Path, monkeypatch: py
 def test_methods_of_transformers_agree_with_plain_decoding(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     setup = Setup.load(str(tmp_path), (str(tmp_path),), "cpu", "float32", 8, 0.0)
-    prompt = [1, 5, 9, 2]
-    texts = {
-        name: make_method(name, setup)(prompt).token_ids for name in ("hf-float32", "hf-lookup", "hf-assisted", "plain")
-    }
-    assert len(set(texts.values())) == 1
+    prompts = [[1, 5, 9, 2]]
+    names = ("hf-float32", "hf-lookup", "hf-assisted", "plain")
+    assert len({make_method(name, setup)(prompts).rows for name in names}) == 1
 
 
-@pytest.mark.parametrize("name", ["hf-float64", "nothing", "hf-assisted"])
+def test_a_padded_batch_and_a_static_cache_used_twice(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    setup = replace(Setup.load(str(tmp_path), (), "cpu", "float32", 8, 0.0), room=12)
+    prompts = [[1, 5, 9, 4], [7, 3]]
+    plain = make_method("plain", setup)(prompts).rows
+    static = methods._hugging_face(setup, torch.float32, static=True)
+    assert make_method("hf-float32", setup)(prompts).rows == plain
+    assert static(prompts).rows == static(prompts).rows == plain
+    assert static(prompts[1:]).rows == plain[1:]
+
+
+def test_sampling_by_transformers_is_not_cut(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    setup = Setup.load(str(tmp_path), (), "cpu", "float32", 40, 50.0)  # so hot that every token is as likely
+    rows = make_method("hf-float32", setup)([[1, 5, 9, 4]] * 4).rows
+    assert len({token_id for row in rows for token_id in row}) > 50
+
+
+def test_text_ends_with_its_first_stop_token() -> None:
+    assert methods._until([5, 2, 0, 0], [2, 3]) == (5, 2)
+    assert methods._until([5, 6], []) == (5, 6)
+
+
+def test_a_widened_target_writes_the_small_ones_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and transformers', on the widened weights; the small one's weights are rounded to bfloat16 first."""
+    monkeypatch.setitem(SHAPES, "wide", Shape("wide", 192, 224, 12, 3, 32, 4, 320))
+    llama().bfloat16().save_pretrained(tmp_path)
+    small = Setup.load(str(tmp_path), (), "cpu", "float32", 12, 0.0)
+    wide = Setup.load(str(tmp_path), (), "cpu", "float32", 12, 0.0, shape="wide")
+    prompts = [[1, 5, 9, 4]]
+    assert "wide-shaped (widened" in wide.loaded.name
+    text = make_method("plain", small)(prompts).rows
+    for name in ("plain", "ngram:3", "early-exit:2", "hf-float32"):
+        assert make_method(name, wide)(prompts).rows == text
+    assert wide.reference(torch.bfloat16).model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_transformers_speculates_for_one_row_only() -> None:
+    with pytest.raises(FlashSpecError, match="'hf-lookup' decodes one prompt at a time"):
+        endtoend.run(methods=["plain", "hf-lookup"], batch_sizes=[1, 4])
+
+
+def markov() -> Setup:
+    loaded = LoadedModel(MarkovModel.random(8, 3), None, (), "markov")
+    return Setup(("suffix",), loaded, lambda dtype: None, "cpu", "auto", 6, 0.0)
+
+
+@pytest.mark.parametrize("name", ["hf-float64", "nothing", "hf-assisted", "hf-compiled"])
 def test_an_impossible_method_is_one_sentence(name: str) -> None:
-    setup = Setup(
-        "markov", ("suffix",), LoadedModel(MarkovModel.random(8, 3), None, (), "markov"), "cpu", "auto", 4, 0.0
-    )
+    setup = markov()
     with pytest.raises(FlashSpecError, match=name):
         make_method(name, setup)
 
 
 def test_the_arm_of_a_drafter_by_name() -> None:
-    setup = Setup(
-        "markov", ("suffix",), LoadedModel(MarkovModel.random(8, 3), None, (), "markov"), "cpu", "auto", 6, 0.0
-    )
-    found = make_method("ngram:3", setup)([1, 2, 1, 2, 1])
+    found = make_method("ngram:3", markov())([[1, 2, 1, 2, 1]])
     assert {record.arm for record in found.steps} == {Arm("ngram", 3)}
-    assert torch.tensor(found.token_ids).max() < 8
+    assert torch.tensor(found.rows).max() < 8

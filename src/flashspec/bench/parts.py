@@ -1,0 +1,120 @@
+"""The parts of a step, timed one by one: forwards by width, whole steps by arm, transformers' forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from flashspec.bench.baselines import StaticForward
+from flashspec.bench.shapes import step_bytes
+from flashspec.bench.timing import Timer
+from flashspec.config import FlashSpecConfig, SamplingConfig
+from flashspec.core import Arm
+from flashspec.drafters.model import ModelDrafter
+from flashspec.engine import SpeculativeEngine
+from flashspec.models.base import LanguageModel
+from flashspec.models.decoder import Decoder
+from flashspec.models.loading import LoadedModel
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Bench:
+    """One run's target and how it is measured.
+
+    timer captures on a GPU, clock never does; bandwidth in bytes a second; context: tokens in the cache; new_tokens:
+    the answer's length where whole steps are timed. forwards: microseconds by (model, batch size, width)."""
+
+    target: LoadedModel
+    device: str
+    timer: Timer
+    clock: Timer
+    calls: int
+    bandwidth: float
+    context: int
+    new_tokens: int
+    temperature: float
+    forwards: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+    def forward(self, model: LanguageModel, name: str, batch_size: int, width: int, part: str) -> Row:
+        """`width` tokens a row through all layers and the LM head."""
+        cache = model.new_cache(batch_size, self.context)
+        token_ids = torch.zeros(batch_size, width, dtype=torch.int64, device=model.device)
+        places = torch.arange(self.context - width, self.context, device=model.device)
+        positions = places.expand(batch_size, -1).contiguous()
+
+        @torch.inference_mode()
+        def call(index: int) -> Any:
+            return model.logits(model.forward(token_ids, positions, cache, self.context))
+
+        taken, spread = self.timer(call)
+        self.forwards[name, batch_size, width] = taken
+        plain = self.forwards.get((name, batch_size, 1))
+        return {
+            "part": part,
+            "method": "flashspec",
+            "arm": name if part == "drafter" else None,
+            "batch_size": batch_size,
+            "width": width,
+            **self._cost(model, taken, spread),
+            "over_plain": round(taken / plain, 3) if plain else None,
+        }
+
+    def baseline(self, method: str, twin: Any, batch_size: int, width: int) -> Row:
+        """The same forward by transformers over a static cache: 'transformers-eager', '-graph' or '-compiled'."""
+        forward = StaticForward.make(
+            twin, batch_size, width, self.context, self.calls, compiled=method.endswith("compiled")
+        )
+        timer = self.clock if method.endswith("eager") else self.timer
+        taken, spread = timer(forward, forward.rewind)
+        return {
+            "part": "forward",
+            "method": method,
+            "batch_size": batch_size,
+            "width": width,
+            **self._cost(self.target.model, taken, spread),
+        }
+
+    def step(self, arm: Arm, drafter: Any, batch_size: int) -> Row:
+        """A step as the engine runs it, the median over the second half of an answer to random tokens. The rest is what
+        it takes beyond its forwards: lookup, acceptance, commit, gaps; and an early exit's layers, timed nowhere."""
+        seconds = self._step_seconds(arm, drafter, batch_size)
+        middle = len(seconds) // 2
+        first, second = (1e6 * median(half) for half in (seconds[:middle] or seconds, seconds[middle:]))
+        forwards = self.forwards.get((self.target.name, batch_size, arm.length + 1))
+        if forwards is not None and isinstance(drafter, ModelDrafter):
+            forwards += arm.length * self.forwards[drafter.name, batch_size, 1]
+        return {
+            "part": "step",
+            "method": "flashspec",
+            "arm": str(arm),
+            "batch_size": batch_size,
+            "width": arm.length + 1,
+            "microseconds": round(second, 3),
+            "spread": round(abs(second - first), 3),
+            "forward_microseconds": None if forwards is None else round(forwards, 3),
+            "rest_microseconds": None if forwards is None else round(second - forwards, 3),
+        }
+
+    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> list[float]:
+        config = FlashSpecConfig(
+            device=self.device,
+            max_new_tokens=self.new_tokens,
+            sampling=SamplingConfig(temperature=self.temperature, seed=0, ignore_eos=True),
+        )
+        drafters = [drafter] if arm.length else []
+        engine = SpeculativeEngine.from_pretrained(self.target, drafters, config=config, arms=[arm])
+        shape = (batch_size, self.context - self.new_tokens)
+        prompts = torch.randint(engine.target.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        engine.generate(prompts)  # captures, and warms up
+        steps = engine.generate(prompts).steps
+        return [step.seconds for step in steps if len(step.rows) == batch_size]
+
+    def _cost(self, model: LanguageModel, taken: float, spread: float) -> Row:
+        n_bytes = step_bytes(model.config, model.dtype) if isinstance(model, Decoder) else None
+        mbu = round(n_bytes / taken * 1e6 / self.bandwidth, 3) if n_bytes else None
+        return {"microseconds": taken, "spread": spread, "bytes": n_bytes, "mbu": mbu}

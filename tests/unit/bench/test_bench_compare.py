@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashspec.bench.compare import compare
+from flashspec.core import FlashSpecError
+
+HERE = {"hardware": {"gpu": "A", "driver": "1"}}
+OTHER = {"hardware": {"gpu": "B", "driver": "1"}}
+
+
+def endtoend(method: str, tokens_per_second: float, speedup: float | None = None) -> dict[str, Any]:
+    row = {"prompts": "set", "method": method, "tokens_per_second": tokens_per_second, "n": 8}
+    return row | {"speedup_vs_plain": speedup}
+
+
+def write(path: Path, rows: list[dict[str, Any]], provenance: dict[str, Any] = HERE, **more: Any) -> Path:
+    path.write_text(json.dumps({"provenance": provenance, "rows": rows, **more}))
+    return path
+
+
+def test_falls_beyond_the_tolerance_are_listed(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json", [endtoend("plain", 100.0), endtoend("auto", 200.0, 2.0), endtoend("gone", 1.0)])
+    new = write(tmp_path / "new.json", [endtoend("plain", 96.0), endtoend("auto", 180.0, 1.9) | {"batch_size": 1}])
+    found = compare(old, new, 0.05)
+    assert [(change.row, change.figure) for change in found.regressions] == [("set auto 1", "tokens/s")]
+    assert (found.unmatched, found.same_hardware, len(found.changes)) == (1, True, 3)
+    assert found.table().row_count == 3
+    assert not compare(old, new, 0.2).regressions
+
+
+def test_times_that_grow_are_falls(tmp_path: Path) -> None:
+    row = {"kernel": "verify_logits", "batch_size": 1, "dtype": "float32", "spread": 1.0, "microseconds": 10.0}
+    old = write(tmp_path / "old.json", [row])
+    new = write(tmp_path / "new.json", [row | {"microseconds": 20.0, "spread": 9.0}], kind="kernels")
+    (change,) = compare(old, new).regressions
+    assert (change.figure, change.ratio) == ("µs", 0.5)
+    assert not compare(new, old).regressions
+
+
+def test_on_other_hardware_only_ratios_count(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json", [endtoend("auto", 200.0, 2.0)])
+    new = write(tmp_path / "new.json", [endtoend("auto", 20.0, 1.5)], OTHER)
+    (change,) = compare(old, new).changes
+    assert (change.figure, change.ratio) == ("vs plain", 0.75)
+
+
+@pytest.mark.parametrize(
+    "rows, more, sentence",
+    [
+        ([endtoend("other", 1.0)], {}, "have no row in common: rows are told apart by prompts, method, batch_size"),
+        ([{"kernel": "x"}], {}, "holds endtoend and .* holds kernels: compare results of one benchmark"),
+        ([], {"kind": "dance"}, "holds 'dance', this version knows endtoend"),
+        (
+            [endtoend("auto", 1.0)],
+            {"settings": {"target": "b"}},
+            "measures None and .* measures b: compare results of one",
+        ),
+        ("none", {}, "is no benchmark result"),
+    ],
+)
+def test_files_that_do_not_match_are_one_sentence(tmp_path: Path, rows: Any, more: Any, sentence: str) -> None:
+    old = write(tmp_path / "old.json", [endtoend("auto", 1.0)])
+    new = write(tmp_path / "new.json", rows, **more)
+    with pytest.raises(FlashSpecError, match=sentence):
+        compare(old, new)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("[1, 2")
+    with pytest.raises(FlashSpecError, match=r"bad\.json cannot be read as JSON"):
+        compare(tmp_path / "bad.json", tmp_path / "bad.json")
