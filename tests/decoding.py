@@ -23,7 +23,7 @@ from flashspec.drafters.suffix import SuffixDrafter
 from flashspec.engine import SpeculativeEngine
 from flashspec.engine.loop import Run
 from flashspec.engine.state import DecodeState
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache
 from flashspec.models.loading import LoadedModel
 from flashspec.models.tokenizer import Tokenizer
 from flashspec.sampling.sampler import make_sampler
@@ -42,6 +42,7 @@ class Reciter:
     def __init__(self, script: Sequence[int], vocab_size: int, max_context: int = 512) -> None:
         self.script = torch.tensor([*script, *[0] * (max_context + 1 - len(script))])
         self.vocab_size = vocab_size
+        self.hidden_size = 1
         self.max_context = max_context
         self.num_layers = 2
         self.device = torch.device("cpu")
@@ -52,7 +53,13 @@ class Reciter:
         return KVCache(torch.zeros(1, batch_size, 1, capacity, 1), torch.zeros(1, batch_size, 1, capacity, 1))
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         self.reads += token_ids.shape[1]
         return positions[..., None].float()

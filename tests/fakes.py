@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache
 
 
 class MarkovModel:
@@ -19,6 +19,7 @@ class MarkovModel:
     def __init__(self, table: Tensor, max_context: int = 512) -> None:
         self.table = table
         self.vocab_size = table.shape[-1]
+        self.hidden_size = 2
         self.max_context = max_context
         self.num_layers = 2
         self.device = table.device
@@ -34,7 +35,13 @@ class MarkovModel:
         return KVCache(empty, empty.clone())
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         seen = cache.keys[0, :, 0, :, 0]  # (B, capacity)
         seen.scatter_(1, positions, token_ids.float())
@@ -43,7 +50,10 @@ class MarkovModel:
         before = torch.where(positions > 0, seen.gather(1, (positions - 1).clamp(min=0)).long(), 0)
         if num_layers is not None:  # an early exit sees the last token only
             before = torch.zeros_like(before)
-        return torch.stack([before, last], -1).float()
+        hidden = torch.stack([before, last], -1).float()
+        for layer in features.layers if features else ():
+            features.record(layer, positions, hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         before, last = hidden.long().unbind(-1)

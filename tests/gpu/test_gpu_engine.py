@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from decoding import TakingTurns
 from fakes import MarkovModel
-from small_models import llama
+from small_models import llama, randomised
 from statistics_of_text import g_test, joint_distribution
 from torch import Tensor
 
@@ -51,7 +54,7 @@ def near(target: Any) -> ModelDrafter:
 
 
 def engine_of(
-    target: Any, near: ModelDrafter, arms: list[str], eager: bool = False, **settings: Any
+    target: Any, near: ModelDrafter | None, arms: list[str], eager: bool = False, **settings: Any
 ) -> SpeculativeEngine:
     loaded = target if isinstance(target, LoadedModel) else load_model(target)
     names = {arm.rpartition(":")[0] for arm in arms} - {""}
@@ -193,8 +196,8 @@ class Spoilt(Drafter):
 
 def test_a_drafter_that_fails_inside_a_graph_is_set_aside(target: Any, near: ModelDrafter) -> None:
     expected = [transformers_greedy(target, prompt, 40) for prompt in PROMPTS]
-    config = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0})
-    engine = SpeculativeEngine(config, [Spoilt(), near], load_model(target), arms=["plain", "spoilt:2", "near:2"])
+    config, arms = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0}), ["plain", "spoilt:2", "near:2"]
+    engine = SpeculativeEngine(config, [Spoilt(), near], load_model(target), TakingTurns(3), arms=arms)
     with pytest.warns(RuntimeWarning, match="'spoilt' is set aside"):
         assert rows(engine.generate(PROMPTS, 40)) == expected
     with pytest.warns(RuntimeWarning, match="'spoilt' is set aside"):
@@ -222,3 +225,44 @@ def test_a_nan_row_ends_alone() -> None:
             assert found == text[:end] and reason == ("error" if 5 in text[:11] else "length")
         assert "error" in result.finish_reasons
         assert rows(engine.generate(prompts[:1], 12)) == rows(result)[:1]
+
+
+OTHERS = {
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=400, n_embd=64, n_layer=3, n_head=4, n_positions=512)),
+    "gpt-neox": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(
+            vocab_size=400,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        )
+    ),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(
+            vocab_size=400,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            sliding_window=32,
+            max_position_embeddings=512,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("arms", [["plain"], ["ngram:4", "suffix:8", "early-exit:2"]], ids=str)
+def test_other_models_are_captured_through_the_adapter(name: str, arms: list[str]) -> None:
+    model = randomised(OTHERS[name]()).to(CUDA)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    expected = [transformers_greedy(model, prompt, 60) for prompt in PROMPTS]
+    engine = engine_of(model, None, arms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # what cannot be captured warns
+        for _ in range(2):
+            assert rows(engine.generate(PROMPTS, 60)) == expected

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.ngram import NgramDrafter
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache
 
 SETTINGS = {
     "greedy": {"temperature": 0},
@@ -30,6 +30,7 @@ class Tail:
         self.row[real:] = float("-inf")
         self.real = real
         self.vocab_size = vocab_size
+        self.hidden_size = 1
         self.max_context = 64
         self.num_layers = 1
         self.device = torch.device("cpu")
@@ -39,7 +40,13 @@ class Tail:
         return KVCache(torch.zeros(1, batch_size, 1, capacity, 1), torch.zeros(1, batch_size, 1, capacity, 1))
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         return torch.zeros(*token_ids.shape, 1)
 

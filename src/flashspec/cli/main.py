@@ -16,6 +16,7 @@ from flashspec.cli.chat import chat
 from flashspec.cli.generate import generate
 from flashspec.cli.models import models
 from flashspec.cli.terminal import complain
+from flashspec.cli.train import train_drafter
 
 COULD_NOT, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -29,7 +30,7 @@ def commands(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (generate, chat, bench, models):
+for command in (generate, chat, bench, train_drafter, models):
     commands.add_command(command)
 
 

@@ -87,7 +87,9 @@ class EngineOptions:
         if self.selector == "fixed" and len(arms) > 1:
             raise ValueError(f"selector 'fixed' plays one arm: name it, for example --arm {arms[0]}")
         progress("warming up")
-        return SpeculativeEngine(config, list(drafters.values()), target, arms=arms)
+        engine = SpeculativeEngine(config, list(drafters.values()), target, arms=arms)
+        engine.warm_up()
+        return engine
 
     def _cross(self, drafters: Mapping[str, Drafter]) -> list[Arm]:
         """Every drafter at every length, and plain decoding where there is a choice."""

@@ -33,18 +33,33 @@ class DraftContext(Protocol):
     @property
     def target(self) -> Reader: ...
 
-    def add_reader(self, model: LanguageModel) -> Reader:
-        """A cache for a drafter's own model, rolled back with the text from now on."""
+    def add_reader(self, model: LanguageModel, lag: int = 1, make: type[Reader] = Reader) -> Reader:
+        """A cache for a drafter's own model, rolled back with the text from now on. lag and make: as of a Reader, and
+        the kind of it, where the drafter does not just read the text and its own draft."""
+        ...
+
+    def record_features(self, layers: Sequence[int]) -> None:
+        """Have the target record these hidden states (`Features.layers`) of all that it reads, in `target.features`.
+        Where it has read without, it is behind until the next `catch_up(target)`."""
         ...
 
     def catch_up(self, reader: Reader) -> None:
         """Have a drafter's model read what it has not seen of the text, but for the last token."""
         ...
 
-    def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
+    @property
+    def one_hot_drafts(self) -> bool:
+        """Whether drafts count as certain, whatever they were drawn from."""
+        ...
+
+    def draw(
+        self, logits: Tensor, offset: int, weights: Tensor | None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draw draft tokens from logits (B, V) for text position `lengths + offset`, as the request samples.
 
-        Returns ids (B,) int64 and the log-weights (B, V) they were drawn from (None: taken as one-hot)."""
+        weights: (B, V) float32, where the log-weights they are drawn from go; None for one-hot drafts.
+        token_ids: (V',) int64, where logits (B, V') are of these tokens only and all others have q = 0.
+        Returns ids (B,) int64 and (B,) bool, False where logits are not finite and the id means nothing."""
         ...
 
 
@@ -63,11 +78,13 @@ class Proposer(ABC):
 
 class Drafter(ABC):
     """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise. `on_host`: its
-    proposers read `texts`, so a step must wait until the host knows the one before."""
+    proposers read `texts`, so a step must wait until the host knows the one before. `feature_layers`: the target's
+    hidden states that its proposers ask for, so that they can be recorded from the beginning."""
 
     name: str = "drafter"
     lengths: tuple[int, ...] = (2, 4, 8)
     on_host: bool = False
+    feature_layers: tuple[int, ...] = ()
 
     @classmethod
     def create(cls, target: LanguageModel) -> Drafter:

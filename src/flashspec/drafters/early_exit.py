@@ -45,4 +45,4 @@ class EarlyExitProposer(Proposer):
             return model.forward(token_ids[:, None], positions, cache, bound, self.num_layers)[:, -1]
 
         last = context.tokens.gather(1, start)[:, 0]
-        return write_chain(context, length, model, read_next(last, 0), read_next)
+        return write_chain(context, length, model.logits, read_next(last, 0), read_next)

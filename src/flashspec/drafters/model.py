@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
@@ -12,9 +13,12 @@ from flashspec.models.reader import Reader
 
 
 class ModelDrafter(Drafter):
-    def __init__(self, model: LanguageModel, name: str = "model") -> None:
+    """part: (V',) int64, which tokens the model's logits are of, where it reads all but scores only these."""
+
+    def __init__(self, model: LanguageModel, name: str = "model", part: Tensor | None = None) -> None:
         self.model = model
         self.name = name
+        self.part = part
 
     @classmethod
     def create(cls, target: LanguageModel) -> Drafter:
@@ -22,7 +26,7 @@ class ModelDrafter(Drafter):
 
     def start(self, context: DraftContext) -> Proposer:
         self.check(context.target.model)
-        return ModelProposer(context.add_reader(self.model))
+        return ModelProposer(context.add_reader(self.model), self.part)
 
     def check(self, target: LanguageModel) -> None:
         """ValueError unless the two vocabularies are of one size."""
@@ -34,8 +38,9 @@ class ModelDrafter(Drafter):
 
 
 class ModelProposer(Proposer):
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, part: Tensor | None) -> None:
         self.reader = reader
+        self.part = part
 
     def prepare(self, context: DraftContext) -> None:
         room = self.reader.cache.capacity
@@ -53,4 +58,4 @@ class ModelProposer(Proposer):
         def read_next(token_ids: torch.Tensor, offset: int) -> torch.Tensor:
             return reader.read(token_ids[:, None], positions[:, -1:] + offset, context.bound + offset)[:, -1]
 
-        return write_chain(context, length, reader.model, hidden, read_next)
+        return write_chain(context, length, reader.model.logits, hidden, read_next, self.part)

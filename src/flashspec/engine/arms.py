@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from flashspec.core import PLAIN, Arm
 from flashspec.drafters import Drafter, get_drafter, list_drafters
+from flashspec.drafters.heads import is_head, load_head
 from flashspec.drafters.host import GeneratesDraft, HostDrafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.base import LanguageModel
@@ -15,8 +17,8 @@ Load = Callable[[Any], tuple[LanguageModel, str]]
 
 
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
-    """A drafter from itself, a registered name, a class with `generate_draft`, or a model in any form that `load`
-    takes; `load` returns the model and a name for it."""
+    """A drafter from itself, a registered name, a class with `generate_draft`, the folder of a head, or a model in any
+    form that `load` takes; `load` returns the model and a name for it."""
     if isinstance(source, str) and source in list_drafters():
         cls = get_drafter(source)
         if not issubclass(cls, Drafter):
@@ -28,6 +30,8 @@ def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
         return source
     if isinstance(source, GeneratesDraft):
         return HostDrafter(source, type(source).__name__.lower())
+    if is_head(source):
+        return load_head(Path(source).expanduser(), target, str(source))
     drafter = ModelDrafter(*load(source))
     drafter.check(target)
     return drafter

@@ -10,14 +10,14 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from flashspec.engine.workspace import Capture
+from flashspec.engine.graphs import Capture, captured
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """seconds: width of a target forward -> median seconds, at batch 1 and a short text."""
+    """seconds: width of a target forward -> median seconds, for a short text."""
 
     seconds: dict[int, float]
 
@@ -42,17 +42,18 @@ class CostTable:
 @torch.inference_mode()
 def measure_costs(
     model: LanguageModel,
+    rows: int = 1,
     widths: tuple[int, ...] = (1, 5, 9),
     takes: int = 3,
     clock: Callable[[], float] = time.perf_counter,
     capture: Capture | None = None,
 ) -> CostTable:
     """Time forwards over scratch text, captured where there is a capture; the first take of each width is a warm-up."""
-    reader = Reader(model, 1, min(64, model.max_context))
+    reader = Reader(model, rows, min(64, model.max_context))
     seconds = {}
     for width in widths:
-        token_ids = torch.zeros(1, width, dtype=torch.int64, device=model.device)
-        positions = torch.arange(width, device=model.device)[None]
+        token_ids = torch.zeros(rows, width, dtype=torch.int64, device=model.device)
+        positions = torch.arange(width, device=model.device).repeat(rows, 1)
 
         def forward(token_ids: Tensor = token_ids, positions: Tensor = positions) -> None:
             model.logits(reader.read(token_ids, positions, reader.cache.capacity))
@@ -66,6 +67,6 @@ def measure_costs(
                 torch.cuda.synchronize(model.device)
             times.append(clock() - started)
             if take == 0 and capture is not None:
-                work = capture(forward)
+                work = captured(forward, capture)
         seconds[width] = median(times[1:])
     return CostTable(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord
 from flashspec.engine.arms import check_arms, default_arms, make_drafter, unique_names
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.generation import Conversation, Generation
+from flashspec.engine.graphs import CudaGraphs
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.prompts import Prompt, encode_prompts
-from flashspec.engine.workspace import CudaGraphs, Workspaces
+from flashspec.engine.workspace import Workspaces, power_of_two
 from flashspec.metrics import AcceptanceTracker, LatencyTracker, ThroughputTracker
 from flashspec.models.base import LanguageModel
 from flashspec.models.loading import DEFAULT, LoadedModel, load_model
@@ -67,7 +69,8 @@ class SpeculativeEngine:
 
     target: a LoadedModel, a transformers model, an object that fulfils LanguageModel, or a name. drafters: each a
     Drafter, a registered name, an object with `generate_draft`, or a model in any of the target's forms. bandit: a
-    selector with one arm for each of `arms`; None makes the configured one. arms: Arm objects or names such as
+    selector with one arm for each of `arms`, for batches of every size; None makes the configured one for each power of
+    two, since what an arm costs depends on the rows. arms: Arm objects or names such as
     'ngram:4' and 'plain'; None is one arm a drafter at `config.sampling.gamma` (plain without drafters).
     One batch runs at a time: calls from several threads wait for each other, and a thread with an unfinished stream
     gets a RuntimeError.
@@ -98,6 +101,7 @@ class SpeculativeEngine:
         self.costs = measure_costs(self.target, capture=capture)
         self.workspaces = None if capture is None else Workspaces(self.target, self.arms, self.drafters, capture)
         self.selector = bandit if bandit is not None else self._make_selector()
+        self._by_rows: dict[int, DraftSelector] = defaultdict(self._make_selector if bandit is None else lambda: bandit)
         if self.selector.n_arms != len(self.arms):
             raise ValueError(f"bandit has {self.selector.n_arms} arms; the engine has {len(self.arms)}")
         settings = config.metrics
@@ -171,6 +175,17 @@ class SpeculativeEngine:
             raise ValueError(f"stop is {settings.stop!r}, but stop strings need a tokenizer")
         prompts = encode_prompts(prompt, self.tokenizer, self.target)
         return Generation(self, prompts, limit, settings, memory)
+
+    def warm_up(self, rows: int = 1, sampling: SamplingConfig | None = None) -> None:
+        """On a GPU compile and capture what batches of so many rows need, which the first of them would do otherwise;
+        nothing on a CPU."""
+        if self.workspaces is not None:
+            with self.turn:
+                Generation(self, [[0]] * rows, 1, sampling or self.config.sampling, None).begin()
+
+    def selector_for(self, rows: int) -> DraftSelector:
+        """The one that learns from batches of about so many rows; `selector` is the one for a single row."""
+        return self.selector if rows == 1 else self._by_rows[power_of_two(rows)]
 
     def conversation(self, system: str | None = None) -> Conversation:
         """A chat that keeps its messages and its caches."""

@@ -67,7 +67,7 @@ class Generation:
     def _decode(self) -> Generator[Chunk, None, None]:
         with self.engine.turn:
             started = time.perf_counter()
-            run = self._start()
+            run = self.begin()
             try:
                 with suppress(GeneratorExit):  # left between two steps: what was read until then is sound
                     yield from self._follow(run, started)
@@ -94,7 +94,8 @@ class Generation:
                     None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
                 )
 
-    def _start(self) -> Run:
+    def begin(self) -> Run:
+        """The run of this call; on a GPU everything that it needs is compiled and captured afterwards."""
         engine, settings, model = self.engine, self.settings, self.engine.target
         eos_ids = () if settings.ignore_eos else engine.eos_token_ids
         stop_ids = sorted({*eos_ids, *settings.stop_token_ids})
@@ -103,13 +104,15 @@ class Generation:
         rows = len(self.prompts) if workspace is None else len(workspace.state.tokens)
         prompts = [*self.prompts, *[[0]] * (rows - len(self.prompts))]
         sampler = make_sampler(settings, prompts, stop_ids, model.vocab_size, self.seed, model.device)
-        batch = (settings.logprobs, engine.costs.token_cost, self.memory)
+        costs = engine.costs if workspace is None else workspace.costs
+        batch = (settings.logprobs, costs.token_cost, self.memory)
         if workspace is None:
             state = DecodeState.create(prompts, limits, stop_ids, model, sampler, *batch)
         else:
             state = workspace.admit(self.prompts, limits, stop_ids, sampler, *batch)
         lag = int(model.device.type == "cuda")
-        return Run(state, engine.arms, engine.selector, engine.drafters, lag, workspace=workspace)
+        selector = engine.selector_for(len(self.prompts))
+        return Run(state, engine.arms, selector, engine.drafters, lag, workspace=workspace)
 
     def _end(self, run: Run) -> None:
         texts = run.state.texts[: len(self.prompts)]

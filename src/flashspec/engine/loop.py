@@ -108,6 +108,8 @@ class Run:
         self._disabled: list[int] = []
         self.flights: deque[_Flight] = deque()
         self._landed = 0.0  # when the last flight did
+        for drafter in drafters.values():
+            state.record_features(drafter.feature_layers)
 
     def __iter__(self) -> Iterator[StepOutput]:
         while any(self.state.active):

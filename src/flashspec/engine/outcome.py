@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flashspec.core import FinishReason, TokenLogprobs
-
-HEAD = 5  # columns ahead of the tokens
+from flashspec.kernels.reference_fused import HEAD  # columns ahead of the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +57,19 @@ class Logprobs:
 
 @dataclass(slots=True)
 class Outcome:
-    """packed: (B, HEAD + γ + 1) int64, one copy to the host. See `pack` for its columns."""
+    """packed: what `kernels.commit` returns, (B, HEAD + γ + 1) int64: one copy to the host."""
 
     packed: Tensor
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None = None
 
-    @classmethod
-    def pack(
-        cls,
-        drafted: Tensor,
-        accepted: Tensor,
-        num_emitted: Tensor,
-        finish: Tensor,
-        faulty: Tensor,
-        token_ids: Tensor,
-        logprobs: Logprobs | None,
-    ) -> Outcome:
-        """All (B,) int64, but token_ids (B, γ + 1), of which the first num_emitted count."""
-        head = torch.stack([drafted, accepted, num_emitted, finish, faulty], 1)
-        return cls(torch.cat([head, token_ids], 1), logprobs)
+    @property
+    def token_ids(self) -> Tensor:
+        """(B, γ + 1) int64, of which the first num_emitted count."""
+        return self.packed[:, HEAD:]
+
+    @property
+    def num_emitted(self) -> Tensor:
+        return self.packed[:, 2]
 
     @property
     def width(self) -> int:

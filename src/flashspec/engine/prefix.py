@@ -26,13 +26,21 @@ class PrefixCache:
         self._readers: dict[tuple[int, int], tuple[Reader, int]] = {}  # (id of the model, lag) -> reader, tokens read
 
     @torch.inference_mode()
-    def borrow(self, model: LanguageModel, text: Sequence[int], bound: int, capacity: int, lag: int) -> Reader:
+    def borrow(
+        self,
+        model: LanguageModel,
+        text: Sequence[int],
+        bound: int,
+        capacity: int,
+        lag: int,
+        make: type[Reader] = Reader,
+    ) -> Reader:
         """A reader with room for `capacity` tokens that already holds what `text` shares with the kept one; its row is
         at most `bound` long."""
         reader, read = self._readers.pop((id(model), lag), (None, 0))
         room = min(-(-capacity // ROUND) * ROUND, model.max_context)
         if reader is None:
-            reader = Reader(model, 1, room, lag)
+            reader = make(model, 1, room, lag)
         reader.grow(room)
         reader.restart(bound, min(read, shared_length(self._text, text), len(text) - 1))
         return reader

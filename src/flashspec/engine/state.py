@@ -11,11 +11,13 @@ from torch import Tensor
 from flashspec.core import Draft, FinishReason, Verdict
 from flashspec.engine.outcome import Logprobs, Outcome
 from flashspec.engine.prefix import PrefixCache, shared_length
+from flashspec.kernels import commit, window
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
+READERS = 16  # the most models that read a text, the target included
 CHUNK = 16  # tokens of a captured catching up
 
 
@@ -24,10 +26,11 @@ class DecodeState:
     """B rows of text, left-aligned in tokens (B, capacity + SLACK) int64; what lies behind lengths is garbage.
 
     lengths, limits, finish: (B,) int64, the committed length, the length at which a row ends, a FinishReason.
-    stop_ids: (B, K) int64, padded with -1. num_logprobs: None, or how many top tokens to report. readers: the caches,
-    the target's first. The rest is the host's view: bound >= every length, texts the committed tokens, active the rows
-    still being written. `allocate` makes the tensors, `admit` begins a batch in them, so that they may outlive it.
-    capture: runs work on the device, by name; where it is set the work is a CUDA graph from its second time on.
+    stop_ids: (B, K) int64, padded with -1. cached: (READERS, B) int64, what each reader holds. num_logprobs: None, or
+    how many top tokens to report. readers: the caches, the target's first. The rest is the host's view: bound >= every
+    length, texts the committed tokens, active the rows still being written. `allocate` makes the tensors, `admit`
+    begins a batch in them, so that they may outlive it. capture: runs work on the device, by name; where it is set the
+    work is a CUDA graph from its second time on.
     """
 
     tokens: Tensor
@@ -35,6 +38,7 @@ class DecodeState:
     limits: Tensor
     finish: Tensor
     stop_ids: Tensor
+    cached: Tensor
     capacity: int
     model: LanguageModel
     bound: int = 1
@@ -61,6 +65,7 @@ class DecodeState:
             limits=column(1),
             finish=column(FinishReason.CANCELLED),
             stop_ids=torch.full((rows, num_stops), -1, dtype=torch.int64, device=model.device),
+            cached=torch.zeros(READERS, rows, dtype=torch.int64, device=model.device),
             capacity=capacity,
             model=model,
         )
@@ -125,16 +130,23 @@ class DecodeState:
     def target(self) -> Reader:
         return self.readers[0]
 
-    def add_reader(self, model: LanguageModel) -> Reader:
-        return self._open_reader(model, lag=1)
+    def add_reader(self, model: LanguageModel, lag: int = 1, make: type[Reader] = Reader) -> Reader:
+        return self._open_reader(model, lag, make)
 
-    def _open_reader(self, model: LanguageModel, lag: int) -> Reader:
+    @torch.inference_mode()
+    def record_features(self, layers: Sequence[int]) -> None:
+        self.target.record(layers, self.bound)
+
+    def _open_reader(self, model: LanguageModel, lag: int, make: type[Reader] = Reader) -> Reader:
         capacity = min(self.capacity, model.max_context)
         if self.memory is not None and self.capture is None:
-            reader = self.memory.borrow(model, self.texts[0], self.bound, capacity, lag)
+            reader = self.memory.borrow(model, self.texts[0], self.bound, capacity, lag, make)
         else:
-            reader = Reader(model, len(self.texts), capacity, lag)
+            reader = make(model, len(self.texts), capacity, lag)
             reader.restart(self.bound)
+        if len(self.readers) == READERS:
+            raise ValueError(f"more than {READERS - 1} drafters with models of their own")
+        reader.keep_count_in(self.cached[len(self.readers)])
         self.readers.append(reader)
         return reader
 
@@ -154,46 +166,44 @@ class DecodeState:
         """Prefill, or nothing: the target has read all but the last committed token when a step begins."""
         self.catch_up(self.target)
 
-    def choose(self, logits: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
-        return self.sampler.choose(logits, self.lengths + offset)
+    @property
+    def one_hot_drafts(self) -> bool:
+        return self.sampler.one_hot_drafts
+
+    def draw(
+        self, logits: Tensor, offset: int, weights: Tensor | None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        positions = self.lengths + offset
+        if token_ids is None:
+            return self.sampler.draw(logits, positions, weights)
+        return self.sampler.draw_part(logits, positions, weights, token_ids, self.model.vocab_size)
 
     def score(self, draft: Draft) -> Tensor:
         """The target's logits (B, γ + 1, V) after the last committed token and each draft token."""
-        last = self.tokens.gather(1, self.lengths[:, None] - 1)  # (B, 1)
-        window = torch.cat([last, draft.token_ids], 1)  # (B, γ + 1)
-        offsets = torch.arange(window.shape[1], device=window.device)
-        positions = self.lengths[:, None] - 1 + offsets
-        hidden = self.target.read(window, positions, self.bound + window.shape[1] - 1)
-        return self.target.model.logits(hidden)
+        reader, bound = self.target, self.bound + draft.token_ids.shape[1]
+        capacity = reader.cache.capacity
+        token_ids, positions = window(self.tokens, self.lengths, draft.token_ids, capacity, reader.cached)
+        return reader.model.logits(reader.feed(token_ids, positions, bound))
 
     def commit(self, draft: Draft, verdict: Verdict, failed: Tensor, logits: Tensor) -> Outcome:
         """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths.
 
         failed: (B,) bool, rows whose logits (B, γ + 1, V) are not finite: they end here, and grow by nothing."""
-        gamma = draft.token_ids.shape[1]
-        index = torch.arange(gamma + 1, device=self.tokens.device)
-        emitted = torch.cat([draft.token_ids, verdict.next_token[:, None]], 1)  # (B, γ + 1)
-        emitted = emitted.scatter(1, verdict.num_accepted[:, None], verdict.next_token[:, None])
-        logprobs = None if self.num_logprobs is None else Logprobs.of(logits, emitted, self.num_logprobs)
-
-        running = self.finish == FinishReason.RUNNING
-        growing = running & ~failed
-        num_emitted = torch.minimum(verdict.num_accepted + 1, self.limits - self.lengths)
-        stops = (emitted[..., None] == self.stop_ids[:, None]).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
-        before_stop = (stops.long().cumsum(1) == 0).sum(1)  # tokens ahead of the first stop token
-        num_emitted = torch.minimum(num_emitted, before_stop + 1) * growing
-        lengths = self.lengths + num_emitted
-        stopped, full = growing & (before_stop <= gamma), growing & (lengths >= self.limits)
-        ended = torch.where(stopped, FinishReason.STOP.value, full * FinishReason.LENGTH.value)
-        finish = torch.where(growing, ended, torch.where(running, FinishReason.ERROR.value, self.finish))
-        drafted = torch.where(finish > 0, torch.minimum(draft.lengths, num_emitted), draft.lengths)
-        faulty = torch.zeros_like(finish) if draft.faulty is None else (draft.faulty & running).long()
-
-        self.tokens.scatter_(1, self.lengths[:, None] + index, emitted)
-        self.sampler.transforms.count(emitted, index < num_emitted[:, None])
-        self.lengths.copy_(lengths)
-        self.finish.copy_(finish)
-        for reader in self.readers:
-            reader.rewind(lengths)
-        accepted = torch.minimum(verdict.num_accepted, num_emitted)
-        return Outcome.pack(drafted, accepted, num_emitted, finish, faulty, emitted, logprobs)
+        packed = commit(
+            draft.token_ids,
+            draft.lengths,
+            *verdict,
+            failed,
+            draft.faulty,
+            self.tokens,
+            self.lengths,
+            self.limits,
+            self.finish,
+            self.stop_ids,
+            self.cached,
+        )
+        outcome = Outcome(packed)
+        if self.num_logprobs is not None:
+            outcome.logprobs = Logprobs.of(logits, outcome.token_ids, self.num_logprobs)
+        self.sampler.transforms.count(outcome.token_ids, outcome.num_emitted)
+        return outcome

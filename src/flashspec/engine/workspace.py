@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
-from warnings import warn
 
 import torch
 
 from flashspec.core import PLAIN, Arm, Draft
 from flashspec.drafters.base import Drafter, NoDraft, Proposer
+from flashspec.engine.costs import measure_costs
+from flashspec.engine.graphs import Capture, Work, captured
 from flashspec.engine.outcome import Outcome
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
@@ -18,35 +18,7 @@ from flashspec.engine.step import step, verify
 from flashspec.models.base import LanguageModel
 from flashspec.sampling.sampler import Sampler
 
-Work = Callable[[], None]
 WIDTHS = (0, 4, 8, 16, 32, 64)  # the columns of a draft that the host wrote, rounded up, so that few graphs are needed
-
-
-class Capture(Protocol):
-    """Records work on the device without doing it; what it returns does it."""
-
-    def __call__(self, work: Work) -> Work: ...
-
-
-class CudaGraphs:
-    """Captures into CUDA graphs that share their memory, since one of them runs at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._anchor = self(lambda: torch.zeros(1, device=device).zero_())  # a pool dies with its last graph
-
-    def __call__(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return graph.replay
 
 
 class Workspace:
@@ -67,6 +39,7 @@ class Workspace:
     ) -> None:
         """size: rows, their capacity, stop tokens a row."""
         self.state = DecodeState.allocate(model, *size)
+        self.costs = measure_costs(model, size[0], capture=capture)
         self.state.capture = self._run
         self.arms = arms
         self.drafters = drafters
@@ -132,6 +105,8 @@ class Workspace:
 
     def _warm_up(self) -> None:
         rows, longest = len(self.state.tokens), 0
+        for each in self.drafters.values():  # before a graph holds where they are
+            self.state.record_features(each.feature_layers)
         self.state.prepare()
         for arm in (PLAIN, *self.arms):
             drafter = self.drafters[arm.drafter] if arm.length else None
@@ -183,18 +158,9 @@ class Workspace:
             self._seen.add(key)
             work()
         else:
-            self._captured[key] = self._capture(key, work)
-            self._captured[key]()
-
-    def _capture(self, key: Hashable, work: Work) -> Work:
-        try:
             with self._over_all_slots():
-                return self._record(work)
-        except Exception as error:
-            name = key[1] if isinstance(key, tuple) else key
-            reason = str(error).partition("\n")[0]
-            warn(f"{name} cannot be captured and runs without a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
-            return work
+                self._captured[key] = captured(work, self._record)
+            self._captured[key]()
 
     @contextmanager
     def _over_all_slots(self) -> Iterator[None]:

@@ -133,6 +133,12 @@ struct Query {  // one head of one row: its softmax up to here
   float largest, sum;
 };
 
+struct Recorded {  // to: (B, capacity, count, hidden_size), where the hidden states that enter some layers go
+  const Index* layers;
+  Index count;
+  float* to;
+};
+
 // A call's rows, PASS at a time. KV: float, or uint16_t for bfloat16. Every array is (rows, padded size).
 template <class KV> struct Pass {
   const Model& model;
@@ -140,6 +146,7 @@ template <class KV> struct Pass {
   Index first, queries, batch, capacity, num_layers;
   int rows;
   KV *keys, *values;
+  Recorded recorded;
   float *residual = nullptr, *q = nullptr, *k = nullptr, *v = nullptr, *mixed = nullptr;
   float *gate = nullptr, *up = nullptr, *hidden = nullptr;
 
@@ -255,6 +262,17 @@ template <class KV> struct Pass {
     }
   }
 
+  // Keeps `from`, (rows, stride), of a worker's rows. Of rows that stay at a limit the last one writes, as above.
+  void record(const Range& mine, Index layer, const float* from, Index stride) const {
+    for (Index i = 0; i < recorded.count; ++i)
+      for (Index row = mine.begin; recorded.layers[i] == layer && row < mine.end; ++row) {
+        const int at = static_cast<int>(row);
+        if (at + 1 < rows && sequence(at + 1) == sequence(at) && positions[at + 1] == positions[at]) continue;
+        const Index slot = (sequence(at) * capacity + positions[at]) * recorded.count + i;
+        std::copy_n(from + row * stride, model.hidden_size, recorded.to + slot * model.hidden_size);
+      }
+  }
+
   // Every worker normalises all rows for itself: cheaper than a barrier.
   void norm_rows(const Worker& worker, const float* weight) const {
     for (int row = 0; row < rows; ++row)
@@ -301,10 +319,14 @@ template <class KV> struct Pass {
       kernels.embed(model.embedding.data + token_ids[row] / PANEL * panel_size,
                     static_cast<int>(token_ids[row] % PANEL), blocks, residual + row * width());
     barrier();
-    for (Index layer = 0; layer < num_layers; ++layer) layer_forward(worker, layer);
+    for (Index layer = 0; layer < num_layers; ++layer) {
+      record(mine, layer, residual, width());
+      layer_forward(worker, layer);
+    }
     for (Index row = mine.begin; row < mine.end; ++row)
       rms_norm(residual + row * width(), model.final_norm, model.hidden_size, model.rms_norm_eps,
                hidden + row * model.hidden_size);
+    record(mine, num_layers, hidden, model.hidden_size);
     barrier();
   }
 };
@@ -318,9 +340,9 @@ inline Worker make_worker(Index index, Index count, Index rows, Index size, floa
 
 template <class KV>
 int run(const Model& model, const Index* token_ids, const Index* positions, Index batch, Index queries,
-        Index num_layers, KV* keys, KV* values, Index capacity, float* hidden, Index threads) {
+        Index num_layers, KV* keys, KV* values, Index capacity, float* hidden, Recorded recorded, Index threads) {
   const Index all = batch * queries, most = std::min<Index>(all, PASS);
-  Pass<KV> pass{model, token_ids, positions, 0, queries, batch, capacity, num_layers, 0, keys, values};
+  Pass<KV> pass{model, token_ids, positions, 0, queries, batch, capacity, num_layers, 0, keys, values, recorded};
   const Index width = pass.width(), q_size = pass.q_size(), kv_size = pass.kv_size();
   const Index mlp_size = padded(model.intermediate_size), widest = std::max({width, q_size, mlp_size});
   Buffers buffers(most * (width + 2 * q_size + 2 * kv_size + 2 * mlp_size) + threads * worker_floats(most, widest));
@@ -349,16 +371,17 @@ extern "C" {
 // 0; 1 for a token id, 2 for a position out of range (nothing is written then); 3 for no memory.
 int flashspec_forward(const Model* model, const Index* token_ids, const Index* positions, Index batch, Index queries,
                       Index num_layers, void* keys, void* values, Index bfloat16, Index capacity, Index bound,
-                      float* hidden, Index threads) {
+                      float* hidden, const Index* recorded_layers, Index num_recorded, float* features, Index threads) {
+  const Recorded recorded{recorded_layers, num_recorded, features};
   for (Index row = 0; row < batch * queries; ++row) {
     if (token_ids[row] < 0 || token_ids[row] >= model->embedding.rows) return 1;
     if (positions[row] < 0 || positions[row] >= bound) return 2;
   }
   if (bfloat16)
     return run(*model, token_ids, positions, batch, queries, num_layers, static_cast<uint16_t*>(keys),
-               static_cast<uint16_t*>(values), capacity, hidden, threads);
+               static_cast<uint16_t*>(values), capacity, hidden, recorded, threads);
   return run(*model, token_ids, positions, batch, queries, num_layers, static_cast<float*>(keys),
-             static_cast<float*>(values), capacity, hidden, threads);
+             static_cast<float*>(values), capacity, hidden, recorded, threads);
 }
 
 int flashspec_logits(const Model* model, const float* hidden, Index all, float* logits, Index threads) {

@@ -243,11 +243,13 @@ class NativeDecoder:
         values: Tensor,
         bound: int,
         num_layers: int | None = None,
+        features: tuple[Sequence[int], Tensor] | None = None,
     ) -> Tensor:
         """Final-normed hidden states (B, Q, H) float32, as `LanguageModel.forward` says.
 
         token_ids, positions: (B, Q) int64. keys, values: (layers, B, kv_heads, capacity, head_dim) float32 or
-        bfloat16, contiguous. bound: above every position. ValueError for an id or a position out of range.
+        bfloat16, contiguous. bound: above every position. features: n layers and a buffer (B, capacity, n * H) float32
+        that takes what enters them (num_layers: the result). ValueError for an id or a position out of range.
         """
         shape = self.shape
         batch, queries = token_ids.shape
@@ -266,6 +268,7 @@ class NativeDecoder:
         if token_ids.dtype != torch.int64 or positions.dtype != torch.int64 or positions.shape != token_ids.shape:
             raise ValueError("token_ids and positions should be int64 of one shape (B, Q)")
         token_ids, positions = token_ids.contiguous(), positions.contiguous()
+        recorded, n_recorded, buffer = self._recorded(features, batch, capacity)
         hidden = torch.empty(batch, queries, shape.hidden_size)
         fault = self._library.flashspec_forward(
             ctypes.byref(self._model),
@@ -280,6 +283,9 @@ class NativeDecoder:
             capacity,
             bound,
             hidden.data_ptr(),
+            recorded,
+            n_recorded,
+            buffer,
             torch.get_num_threads(),
         )
         if fault == 1:
@@ -289,6 +295,17 @@ class NativeDecoder:
         if fault:
             raise MemoryError("no memory for the forward's buffers")
         return hidden
+
+    def _recorded(
+        self, features: tuple[Sequence[int], Tensor] | None, batch: int, capacity: int
+    ) -> tuple[ctypes.Array[ctypes.c_int64] | None, int, int | None]:
+        if features is None:
+            return None, 0, None
+        layers, buffer = features
+        size = (batch, capacity, len(layers) * self.shape.hidden_size)
+        if buffer.shape != size or buffer.dtype != torch.float32 or not buffer.is_contiguous():
+            raise ValueError(f"features should be {size} float32 contiguous: got {tuple(buffer.shape)} {buffer.dtype}")
+        return (ctypes.c_int64 * len(layers))(*layers), len(layers), buffer.data_ptr()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., H) float32 -> (..., V) float32."""

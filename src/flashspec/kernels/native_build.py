@@ -44,7 +44,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native CPU kernel could not be built or loaded: {error}"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.flashspec_forward.argtypes = (
-        [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer, integer]
+        [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer] * 2 + [integer, pointer, integer]
     )
     loaded.flashspec_logits.argtypes = [pointer, pointer, integer, pointer, integer]
     loaded.flashspec_verify.argtypes = [pointer, integer]

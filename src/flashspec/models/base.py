@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,43 @@ class KVCache:
         return self.keys.shape[3]
 
 
+@dataclass(slots=True)
+class Features:
+    """Where a forward records hidden states, for drafter heads.
+
+    layers: ascending; i is what enters layer i, num_layers the final-normed hidden states: what transformers calls
+    hidden_states[i]. buffer: (B, capacity, len(layers) * hidden) in the model's dtype, a slot a text position, of which
+    it holds the same as the cache.
+    """
+
+    layers: tuple[int, ...]
+    buffer: Tensor
+
+    @classmethod
+    def empty(cls, model: LanguageModel, layers: Sequence[int], batch_size: int, capacity: int) -> Features:
+        wrong = [layer for layer in layers if not 0 <= layer <= model.num_layers]
+        if wrong:
+            raise ValueError(f"layers are {list(layers)}; the model has hidden states 0 to {model.num_layers}")
+        shape = (batch_size, capacity, len(layers) * model.hidden_size)
+        return cls(tuple(layers), torch.zeros(shape, dtype=model.dtype, device=model.device))
+
+    def record(self, layer: int, positions: Tensor, hidden: Tensor) -> None:
+        """Keep hidden (B, Q, hidden) of text positions (B, Q), if the layer is one of ours."""
+        if layer in self.layers:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            self._part(layer).index_put_((rows, positions), hidden)
+
+    def at(self, layers: Sequence[int], positions: Tensor) -> Tensor:
+        """(B, Q, len(layers) * hidden) of text positions (B, Q)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        if tuple(layers) == self.layers:
+            return self.buffer[rows, positions]
+        return torch.cat([self._part(layer)[rows, positions] for layer in layers], -1)
+
+    def _part(self, layer: int) -> Tensor:
+        return self.buffer.chunk(len(self.layers), -1)[self.layers.index(layer)]
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """A causal language model over a cache with per-row positions.
@@ -36,6 +74,7 @@ class LanguageModel(Protocol):
     """
 
     vocab_size: int
+    hidden_size: int
     max_context: int
     num_layers: int
     device: torch.device
@@ -44,13 +83,38 @@ class LanguageModel(Protocol):
     def new_cache(self, batch_size: int, capacity: int) -> KVCache: ...
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         """token_ids, positions: (B, Q) int64. bound: host integer, at least the largest position + 1 and at most the
         capacity, so that eager attention need not cover the whole buffer. num_layers: stop after the first so many
-        layers (early exit). Returns the final-normed hidden states (B, Q, hidden)."""
+        layers (early exit). features: where the hidden states of these tokens are recorded too, at their positions; not
+        together with num_layers. Returns the final-normed hidden states (B, Q, hidden)."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V) float32."""
+        ...
+
+
+class Vocabulary(NamedTuple):
+    """embedding, lm_head: (V, hidden), one tensor where they are tied. final_norm: (hidden,), weight of the RMS norm
+    ahead of the LM head; None where the model is not known to have one."""
+
+    embedding: Tensor
+    lm_head: Tensor
+    final_norm: Tensor | None = None
+
+
+@runtime_checkable
+class SharesVocabulary(LanguageModel, Protocol):
+    """A model whose embedding and LM head a drafter may use as its own."""
+
+    def vocabulary(self) -> Vocabulary:
+        """On the model's device in its dtype; copies where the model keeps them packed."""
         ...

@@ -48,16 +48,19 @@ class StateDict:
 
 
 class SafetensorsFolder:
-    """The usual folder: model.safetensors, or several files beside an index; mapped, not read."""
+    """The usual folder: one file, or several files beside an index; mapped, not read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = "model.safetensors") -> None:
         self._folder = folder
         self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
-        index = folder / "model.safetensors.index.json"
-        names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        index = folder / f"{single}.index.json"
+        names = set(read_json(index)["weight_map"].values()) if index.exists() else {single}
         for name in sorted(names):
             file = self._open(folder / name)
             self._files |= dict.fromkeys(file.keys(), file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
     def _open(self, path: Path) -> Any:
         if not path.is_file():
@@ -156,15 +159,15 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def decoder_weights(
-    config: DecoderConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> DecoderWeights:
-    """Every tensor of the decoder on one device in one dtype; what is used together is fused."""
-    c = config
+class Weights:
+    """A checkpoint's tensors on one device in one dtype; FlashSpecError where one is missing or of another shape."""
 
-    def read(shape: tuple[int, ...], *names: str) -> Tensor:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+
+    def read(self, shape: tuple[int, ...], *names: str) -> Tensor:
         """The named tensors, joined along the rows."""
-        tensors = [checkpoint.tensor(name).to(device, dtype) for name in names]
+        tensors = [self._checkpoint.tensor(name).to(self._device, self._dtype) for name in names]
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         if joined.shape != shape:
             raise FlashSpecError(
@@ -172,8 +175,9 @@ def decoder_weights(
             )
         return joined
 
-    def layer(prefix: str) -> LayerWeights:
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    def layer(self, c: DecoderConfig, prefix: str, inputs: int = 1) -> LayerWeights:
+        """A decoder layer, what is used together fused. inputs: how many times hidden_size its attention reads."""
+        attention, mlp, read = f"{prefix}.self_attn", f"{prefix}.mlp", self.read
         qkv_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         qkv = [f"{attention}.{x}_proj" for x in "qkv"]
         qk_norm = None
@@ -182,7 +186,7 @@ def decoder_weights(
             qk_norm = torch.cat([q.expand(c.num_heads, -1), k.expand(c.num_kv_heads, -1)])
         return LayerWeights(
             attention_norm=read((c.hidden_size,), f"{prefix}.input_layernorm.weight"),
-            qkv=read((qkv_rows, c.hidden_size), *(f"{name}.weight" for name in qkv)),
+            qkv=read((qkv_rows, inputs * c.hidden_size), *(f"{name}.weight" for name in qkv)),
             qkv_bias=read((qkv_rows,), *(f"{name}.bias" for name in qkv)) if c.qkv_bias else None,
             qk_norm=qk_norm,
             output=read((c.hidden_size, c.num_heads * c.head_dim), f"{attention}.o_proj.weight"),
@@ -192,11 +196,17 @@ def decoder_weights(
             down=read((c.hidden_size, c.intermediate_size), f"{mlp}.down_proj.weight"),
         )
 
-    vocabulary = (c.vocab_size, c.hidden_size)
-    embedding = read(vocabulary, "model.embed_tokens.weight")
+
+def decoder_weights(
+    config: DecoderConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> DecoderWeights:
+    """Every tensor of the decoder on one device in one dtype; what is used together is fused."""
+    weights = Weights(checkpoint, device, dtype)
+    vocabulary = (config.vocab_size, config.hidden_size)
+    embedding = weights.read(vocabulary, "model.embed_tokens.weight")
     return DecoderWeights(
         embedding=embedding,
-        layers=tuple(layer(f"model.layers.{index}") for index in range(c.num_layers)),
-        final_norm=read((c.hidden_size,), "model.norm.weight"),
-        lm_head=embedding if c.tied_embeddings else read(vocabulary, "lm_head.weight"),
+        layers=tuple(weights.layer(config, f"model.layers.{index}") for index in range(config.num_layers)),
+        final_norm=weights.read((config.hidden_size,), "model.norm.weight"),
+        lm_head=embedding if config.tied_embeddings else weights.read(vocabulary, "lm_head.weight"),
     )

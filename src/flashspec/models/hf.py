@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.utils import ModelOutput
 
 from flashspec.core import FlashSpecError
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache, Vocabulary
 
 _NAME = "per_row_positions"  # a name with "flash" in it would be taken for FlashAttention
 _POSITIONS: ContextVar[Tensor] = ContextVar("positions")  # of the call in progress, (B, Q)
@@ -54,6 +54,7 @@ class HFModel:
 
         self.device: torch.device = model.device
         self.num_layers = int(self._config.num_hidden_layers)
+        self.hidden_size = int(self._config.hidden_size)
         self.max_context = self._context_limit()
         self._try_out(copy.deepcopy(model, dict(self._weights)).eval())
 
@@ -62,11 +63,28 @@ class HFModel:
         keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return KVCache(keys, values)
 
+    def vocabulary(self) -> Vocabulary:
+        head = self._head.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise self._refusal("it has no LM head that a drafter could share")
+        return Vocabulary(self._body.get_input_embeddings().weight.detach(), head.weight.detach())
+
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         body = self._body if num_layers in (None, self.num_layers) else self._first_layers(num_layers)
-        return _run(body, token_ids, positions, _RowCache(cache, positions, bound))
+        output = _run(body, token_ids, positions, _RowCache(cache, positions, bound), features is not None)
+        if features is not None:
+            for layer in features.layers:
+                features.record(layer, positions, output.hidden_states[layer])
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -133,14 +151,14 @@ class HFModel:
 
 
 @torch.no_grad()
-def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+def _run(body: nn.Module, token_ids: Tensor, positions: Tensor, cache: Cache, every_layer: bool = False) -> Any:
+    """Its output, with `last_hidden_state`, and with all `hidden_states` where asked."""
     token = _POSITIONS.set(positions)
+    options = {"past_key_values": cache, "use_cache": True, "output_hidden_states": every_layer}
     try:
-        output = body(input_ids=token_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return body(input_ids=token_ids, position_ids=positions, **options)
     finally:
         _POSITIONS.reset(token)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
 
 
 def _freeze_rope(body: nn.Module) -> None:

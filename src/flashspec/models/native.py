@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashspec.kernels.native import GGUF_BLOCK_BYTES, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache, Vocabulary
 from flashspec.models.checkpoint import Checkpoint
 from flashspec.models.decoder import DecoderConfig, empty_cache
 from flashspec.models.gguf import GgufFile
@@ -38,17 +38,21 @@ class NativeModel:
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint, matrices: Matrices) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.max_context = config.max_context
         self.num_layers = config.num_layers
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         angles = torch.arange(config.max_context)[:, None] * torch.tensor(config.inv_freq)  # (max_context, D / 2)
+        self._matrices = matrices
+        self._lm_head = _EMBEDDING if config.tied_embeddings else _LM_HEAD
+        self._final_norm = checkpoint.tensor("model.norm.weight").float()
         self._decoder = NativeDecoder(
             _shape(config),
             matrices[_EMBEDDING],
             [_layer(config, checkpoint, matrices, index) for index in range(config.num_layers)],
-            checkpoint.tensor("model.norm.weight"),
-            matrices[_EMBEDDING if config.tied_embeddings else _LM_HEAD],
+            self._final_norm,
+            matrices[self._lm_head],
             angles.cos() * config.rotary_scale,
             angles.sin() * config.rotary_scale,
         )
@@ -56,10 +60,22 @@ class NativeModel:
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 
+    def vocabulary(self) -> Vocabulary:
+        embedding, lm_head = (self._matrices[name] for name in (_EMBEDDING, self._lm_head))
+        unpacked = embedding.dequantise()
+        return Vocabulary(unpacked, unpacked if lm_head is embedding else lm_head.dequantise(), self._final_norm)
+
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
-        return self._decoder.forward(token_ids, positions, cache.keys, cache.values, bound, num_layers)
+        recorded = None if features is None else (features.layers, features.buffer)
+        return self._decoder.forward(token_ids, positions, cache.keys, cache.values, bound, num_layers, recorded)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from flashspec.models.base import KVCache, LanguageModel
+from flashspec.models.base import Features, KVCache, LanguageModel
 
 
 class Reader:
@@ -14,12 +16,14 @@ class Reader:
     cached: (B,) int64, the slots of each row that hold the text's own tokens. stale: host integer, at least
     `length - 1 - cached` in every row, so that catching up reads nothing back. lag: how stale it may be when a step
     begins, which is as stale as a step leaves it: 0 for a target, 1 for a drafter, which never reads its last token.
+    features: the hidden states that are recorded of what it reads, for the slots that it holds.
     """
 
     def __init__(self, model: LanguageModel, batch_size: int, capacity: int, lag: int = 0) -> None:
         self.model = model
         self.lag = lag
         self._takes_part = False
+        self.features: Features | None = None
         self.cache: KVCache = model.new_cache(batch_size, capacity)
         self.cached = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self.stale = 0
@@ -27,9 +31,22 @@ class Reader:
     def read(self, token_ids: Tensor, positions: Tensor, bound: int) -> Tensor:
         """Feed tokens (B, Q) at positions (B, Q), clamped to the cache; returns hidden states (B, Q, hidden)."""
         positions = positions.clamp(0, self.cache.capacity - 1)  # the last slot is never needed: it may hold anything
-        hidden = self.model.forward(token_ids, positions, self.cache, min(bound, self.cache.capacity))
+        hidden = self.feed(token_ids, positions, bound)
         torch.add(positions[:, -1], 1, out=self.cached)
         return hidden
+
+    def feed(self, token_ids: Tensor, positions: Tensor, bound: int) -> Tensor:
+        """The same at positions within the cache, for a caller who counts himself."""
+        bound = min(bound, self.cache.capacity)
+        return self.model.forward(token_ids, positions, self.cache, bound, features=self.features)
+
+    def record(self, layers: Sequence[int], bound: int) -> None:
+        """Record these layers' hidden states too. If that is new, a text of at most `bound` tokens is read again."""
+        known = () if self.features is None else self.features.layers
+        if not set(layers) <= set(known):
+            rows, capacity = len(self.cached), self.cache.capacity
+            self.features = Features.empty(self.model, sorted({*known, *layers}), rows, capacity)
+            self.restart(bound)
 
     def read_on(self, tokens: Tensor, lengths: Tensor, bound: int, size: int) -> None:
         """Read the next `size` of tokens (B, T); rows near their last token, (B,) lengths, wait there."""
@@ -62,10 +79,18 @@ class Reader:
             old, self.cache = self.cache, self.model.new_cache(self.cached.shape[0], capacity)
             self.cache.keys[..., : old.capacity, :] = old.keys
             self.cache.values[..., : old.capacity, :] = old.values
+            if self.features is not None:
+                kept = self.features.buffer
+                self.features = Features.empty(self.model, self.features.layers, len(kept), capacity)
+                self.features.buffer[:, : kept.shape[1]] = kept
 
     def rewind(self, lengths: Tensor) -> None:
         """Forget what lies at or after the last committed token, (B,) lengths."""
         torch.minimum(self.cached, lengths - 1, out=self.cached)
+
+    def keep_count_in(self, cached: Tensor) -> None:
+        """Count in a tensor (B,) int64 of somebody else's from now on."""
+        self.cached = cached.copy_(self.cached)
 
     def advance(self, emitted: int) -> None:
         """The host's note that a step ended, in which no row grew by more than `emitted` tokens."""

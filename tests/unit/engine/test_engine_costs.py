@@ -13,7 +13,7 @@ class Slow(MarkovModel):
 
     now = 0.0
 
-    def forward(self, token_ids, positions, cache, bound, num_layers=None):  # type: ignore[no-untyped-def]
+    def forward(self, token_ids, positions, cache, bound, num_layers=None, features=None):  # type: ignore[no-untyped-def]
         self.widths = [*getattr(self, "widths", []), token_ids.shape[1]]
         cold = self.widths.count(token_ids.shape[1]) == 1
         self.now += (10 + 2 * token_ids.shape[1]) * (10 if cold else 1)

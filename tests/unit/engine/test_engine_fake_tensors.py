@@ -117,7 +117,7 @@ def test_a_drafter_that_reads_back_is_noticed(way: str) -> None:
 
 
 def test_a_transform_that_reads_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = start_state(temperature=0.8)
+    state = start_state(temperature=0.8, logit_bias={1: 1.0})
     monkeypatch.setattr(
         type(state.sampler.transforms),
         "shift",
