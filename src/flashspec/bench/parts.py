@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from statistics import median
+import time
+from dataclasses import dataclass, field, replace
+from statistics import mean, median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashspec.bench.baselines import StaticForward
 from flashspec.bench.shapes import step_bytes
@@ -20,6 +22,31 @@ from flashspec.models.decoder import Decoder
 from flashspec.models.loading import LoadedModel
 
 Row = dict[str, Any]
+
+
+class Clocked:
+    """A model that adds up the seconds of forwards whose logits are asked for: a prefill's are not."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._forward = 0.0
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        started = time.perf_counter()
+        hidden = self._model.forward(*arguments, **options)
+        self._forward = time.perf_counter() - started
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        started = time.perf_counter()
+        logits = self._model.logits(hidden)
+        self.seconds += self._forward + time.perf_counter() - started
+        self._forward = 0.0
+        return logits
 
 
 @dataclass(slots=True)
@@ -81,13 +108,18 @@ class Bench:
 
     def step(self, arm: Arm, drafter: Any, batch_size: int) -> Row:
         """A step as the engine runs it, the median over the second half of an answer to random tokens. The rest is what
-        it takes beyond its forwards: lookup, acceptance, commit, gaps; and an early exit's layers, timed nowhere."""
-        seconds = self._step_seconds(arm, drafter, batch_size)
+        it takes beyond its forwards: lookup, acceptance, commit, gaps; and an early exit's layers, timed nowhere.
+
+        On a CPU forwards are timed where they are called, as they vary by more than the rest takes."""
+        seconds, inside = self._step_seconds(arm, drafter, batch_size)
         middle = len(seconds) // 2
         first, second = (1e6 * median(half) for half in (seconds[:middle] or seconds, seconds[middle:]))
         forwards = self.forwards.get((self.target.name, batch_size, arm.length + 1))
         if forwards is not None and isinstance(drafter, ModelDrafter):
             forwards += arm.length * self.forwards[drafter.name, batch_size, 1]
+        rest = None if forwards is None else second - forwards
+        if inside is not None:
+            forwards, rest = 1e6 * inside, 1e6 * (mean(seconds) - inside)
         return {
             "part": "step",
             "method": "flashspec",
@@ -97,22 +129,31 @@ class Bench:
             "microseconds": round(second, 3),
             "spread": round(abs(second - first), 3),
             "forward_microseconds": None if forwards is None else round(forwards, 3),
-            "rest_microseconds": None if forwards is None else round(second - forwards, 3),
+            "rest_microseconds": None if rest is None else round(rest, 3),
         }
 
-    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> list[float]:
+    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], float | None]:
+        """Of every step; and, on a CPU, the mean of what it spends in forwards."""
         config = FlashSpecConfig(
             device=self.device,
             max_new_tokens=self.new_tokens,
             sampling=SamplingConfig(temperature=self.temperature, seed=0, ignore_eos=True),
         )
-        drafters = [drafter] if arm.length else []
-        engine = SpeculativeEngine.from_pretrained(self.target, drafters, config=config, arms=[arm])
+        target, models = self.target, list[Clocked]()
+        if target.model.device.type == "cpu":
+            models.append(Clocked(target.model))
+            target = replace(target, model=models[0])
+            if isinstance(drafter, ModelDrafter):
+                models.append(Clocked(drafter.model))
+                drafter = ModelDrafter(models[1], drafter.name)
+        engine = SpeculativeEngine.from_pretrained(target, [drafter] if arm.length else [], config=config, arms=[arm])
         shape = (batch_size, self.context - self.new_tokens)
         prompts = torch.randint(engine.target.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         engine.generate(prompts)  # captures, and warms up
+        before = sum(model.seconds for model in models)
         steps = engine.generate(prompts).steps
-        return [step.seconds for step in steps if len(step.rows) == batch_size]
+        inside = (sum(model.seconds for model in models) - before) / len(steps) if models else None
+        return [step.seconds for step in steps if len(step.rows) == batch_size], inside
 
     def _cost(self, model: LanguageModel, taken: float, spread: float) -> Row:
         n_bytes = step_bytes(model.config, model.dtype) if isinstance(model, Decoder) else None

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashspec.bench import steps, timing
+from flashspec.bench import parts, steps, timing
 from flashspec.bench.baselines import StaticForward, llama_twin
 from flashspec.bench.parts import Bench
 from flashspec.bench.report import markdown, table
 from flashspec.bench.shapes import DRAFTER_SHAPES, SHAPES, Shape, random_decoder, shape_config
 from flashspec.bench.steps import Plan
-from flashspec.core import Arm, FlashSpecError
+from flashspec.core import FlashSpecError
 from flashspec.models.loading import LoadedModel
 
 TINY = Shape("tiny", 64, 96, 4, 2, 16, 3, 50)
@@ -46,13 +46,9 @@ def test_a_run_has_every_part(small: None, tmp_path: Path) -> None:
         assert [row["width"] for row in here if row["method"] == "transformers-eager"] == [2]
     for row in rows:
         assert row["microseconds"] > 0
-        if row["part"] == "step":
-            assert row["rest_microseconds"] == pytest.approx(
-                row["microseconds"] - row["forward_microseconds"], abs=2e-3
-            )
-    drafted = next(row for row in rows if row.get("arm") == "tiny:4")
-    parts = {(row["part"], row["width"]): row["microseconds"] for row in rows if row["batch_size"] == 1}
-    assert drafted["forward_microseconds"] == pytest.approx(parts["forward", 5] + 4 * parts["drafter", 1], abs=2e-3)
+        if row["part"] == "step":  # forwards are timed inside the step
+            assert 0 < row["rest_microseconds"] < row["microseconds"]
+            assert row["forward_microseconds"] > 0
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     assert output.with_suffix(".png").exists() and output.with_suffix(".csv").exists()
     assert table(result).row_count == len(rows) == len(markdown(result).splitlines()) - 4
@@ -143,10 +139,14 @@ def test_the_clock_takes_medians_and_what_comes_before_is_untimed(monkeypatch: p
     assert calls == [0, 1] * 7 and rewinds == list(range(0, 14, 2))
 
 
-def test_an_arm_needs_its_forward_for_the_rest() -> None:
+def test_the_clock_of_a_model_counts_steps_and_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_decoder(shape_config(TINY), torch.float32, CPU)
-    timer = timing.make_timer("cpu", 1, 1)
-    bench = Bench(LoadedModel(model, None, (), "tiny"), "cpu", timer, timer, 1, 1e9, 48, 6, 0.7)
-    row = bench.step(Arm("ngram", 3), "ngram", 2)
-    assert row["forward_microseconds"] is row["rest_microseconds"] is None
-    assert (row["width"], row["arm"], row["batch_size"]) == (4, "ngram:3", 2)
+    clocked, ticks = parts.Clocked(model), iter(range(100))
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: float(next(ticks)))
+    cache = clocked.new_cache(1, 128)
+    for width in (100, 5):
+        positions = torch.arange(width)[None]
+        hidden = clocked.forward(torch.zeros(1, width, dtype=torch.int64), positions, cache, 128)
+    assert clocked.seconds == 0.0
+    assert torch.equal(clocked.logits(hidden), model.logits(hidden))
+    assert clocked.seconds == 2.0
