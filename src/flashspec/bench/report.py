@@ -163,8 +163,9 @@ def _by_method(result: Result) -> list[str]:
 
     groups = list(dict.fromkeys(map(heading, rows)))
     found = {(row["method"], heading(row)): row for row in rows}
+    told = [name for key, (name, _) in SUMMARY.items() if any(row.get(key) is not None for row in rows)]
     lines = [
-        _line(["method", *(f"{name}: tokens/s, × transformers, × plain, same text" for name in groups)]),
+        _line(["method", *(f"{name}: {', '.join(told)}" for name in groups)]),
         "|---|" + "---|" * len(groups),
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -176,10 +177,17 @@ def _line(parts: list[str]) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
+SUMMARY = {  # of a row: what it is called, how it is written
+    "tokens_per_second": ("tokens/s", "{:.1f}"),
+    "speedup_vs_hf": ("× transformers", "{:.2f}×"),
+    "speedup_vs_plain": ("× plain", "{:.2f}×"),
+    "same_text_as_hf_float32": ("same text", "{:.0%}"),
+}
+
+
 def _summary(row: dict[str, Any]) -> str:
-    speeds = [_number(row[name], "{:.2f}×") for name in ("speedup_vs_hf", "speedup_vs_plain")]
-    same = _number(row["same_text_as_hf_float32"], "{:.0%}")
-    return ", ".join(part for part in (f"{row['tokens_per_second']:.1f}", *speeds, same) if part)
+    parts = (_number(row.get(key), form) for key, (_, form) in SUMMARY.items())
+    return ", ".join(part for part in parts if part)
 
 
 def _number(value: float | str | None, form: str) -> str:
