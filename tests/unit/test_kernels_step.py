@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashspec import kernels
 from flashspec.core import FinishReason
-from flashspec.kernels import TRITON_AVAILABLE, reference_fused
+from flashspec.kernels import TRITON_AVAILABLE, native_build, native_step, reference_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -213,29 +214,36 @@ def commitment(batch_size: int, gamma: int, seed: int = 0, faulty: bool = True) 
     )
 
 
-def assert_commits_equal(arguments: dict[str, Any]) -> Tensor:
+def assert_commits_equal(arguments: dict[str, Any], commit: Callable[..., Tensor]) -> Tensor:
     copies = [{name: None if t is None else t.clone() for name, t in arguments.items()} for _ in range(2)]
-    found, expected = append.commit(**copies[0]), reference_fused.commit(**copies[1])
+    found, expected = commit(**copies[0]), reference_fused.commit(**copies[1])
     assert torch.equal(found, expected)
     for name in ("tokens", "lengths", "finish", "cached"):
         assert torch.equal(copies[0][name], copies[1][name]), name
     return found
 
 
-@needs_triton
+@pytest.fixture(params=["triton", "native"])
+def commit(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    if request.param == "triton":
+        return append.commit if TRITON_AVAILABLE else pytest.skip("Triton is not installed")
+    if DEVICE == "cuda" or not native_build.available():
+        pytest.skip(native_build.why_not() or "C++ is for CPUs")
+    return native_step.commit
+
+
 @pytest.mark.parametrize("gamma", [0, 1, 4, 7, 16])
 @pytest.mark.parametrize("faulty", [True, False])
-def test_commits_equal_their_twins(gamma: int, faulty: bool) -> None:
-    packed = assert_commits_equal(commitment(40, gamma, gamma, faulty))
+def test_commits_equal_their_twins(commit: Callable[..., Tensor], gamma: int, faulty: bool) -> None:
+    packed = assert_commits_equal(commitment(40, gamma, gamma, faulty), commit)
     reasons = FinishReason.RUNNING, FinishReason.STOP, FinishReason.LENGTH, FinishReason.ERROR
     assert set(reasons) <= set(packed[:, 3].tolist()) and packed[:, 4].any() == faulty
 
 
-@needs_triton
-def test_commits_without_stop_tokens_or_readers() -> None:
+def test_commits_without_stop_tokens_or_readers(commit: Callable[..., Tensor]) -> None:
     arguments = commitment(5, 3)
     arguments["stop_ids"], arguments["cached"] = arguments["stop_ids"][:, :0], arguments["cached"][:0]
-    assert_commits_equal(arguments)
+    assert_commits_equal(arguments, commit)
 
 
 @pytest.mark.parametrize("interpret", [True, False])
@@ -252,7 +260,6 @@ def test_the_doors_lead_there(interpret: bool, monkeypatch: pytest.MonkeyPatch) 
     assert kernels.cut_floors(logits[None], one, seeds * 0 + 1).tolist() == [[9.0]]
     assert kernels.choose_tokens(logits, seeds, seeds, one * 0, 0)[0].tolist() == [1]
     assert kernels.look_up(tokens, seeds, 5, 2, 3, 1)[0].tolist() == [[3, 1]]
-    assert_commits_equal(commitment(2, 2)) if interpret else None
     packed = kernels.commit(**commitment(2, 2))
     assert packed.shape == (2, 8)
 

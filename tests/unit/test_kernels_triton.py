@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashspec.kernels import TRITON_AVAILABLE, reference
+from flashspec.kernels import TRITON_AVAILABLE, native_build, native_step, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -178,6 +178,8 @@ def test_the_window_is_the_last_token_and_the_draft(gamma: int, capacity: int) -
     draft = 100 + torch.arange(6 * gamma, device=DEVICE).view(3, 2 * gamma)[:, :gamma]
     counts = [torch.zeros(3, dtype=torch.int64, device=DEVICE) for _ in range(2)]
     expected = reference.window(tokens, lengths, draft, capacity, counts[0])
-    found = score.window(tokens, lengths, draft, capacity, counts[1])
-    assert all(map(torch.equal, (*found, counts[1]), (*expected, counts[0])))
+    native = [native_step.window] if DEVICE == "cpu" and native_build.available() else []
+    for window in (score.window, *native):
+        found = window(tokens, lengths, draft, capacity, counts[1].zero_())
+        assert all(map(torch.equal, (*found, counts[1]), (*expected, counts[0])))
     assert expected[0][1].tolist() == [26, *draft[1].tolist()] and expected[1][0].max() < capacity

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from flashspec.kernels import native_build, native_verify, reference, reference_fused
+from flashspec.kernels import native_build, native_step, native_verify, reference, reference_fused
 
 __all__ = [
     "TRITON_AVAILABLE",
@@ -319,6 +319,8 @@ def commit(
         from flashspec.kernels import append
 
         return append.commit(*arguments, tokens, lengths, limits, finish, stop_ids, cached)
+    if _use_native(tokens, token_ids):
+        return native_step.commit(*arguments, tokens, lengths, limits, finish, stop_ids, cached)
     return reference_fused.commit(*arguments, tokens, lengths, limits, finish, stop_ids, cached)
 
 
@@ -340,6 +342,8 @@ def window(
         from flashspec.kernels import score
 
         return score.window(tokens, lengths, draft_token_ids, capacity, cached)
+    if _use_native(tokens, draft_token_ids):
+        return native_step.window(tokens, lengths, draft_token_ids, capacity, cached)
     return reference.window(tokens, lengths, draft_token_ids, capacity, cached)
 
 

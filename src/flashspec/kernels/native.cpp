@@ -405,3 +405,4 @@ int flashspec_logits(const Model* model, const float* hidden, Index all, float* 
 }
 
 #include "native_verify.cpp"
+#include "native_step.cpp"

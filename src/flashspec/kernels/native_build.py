@@ -15,7 +15,7 @@ import torch
 
 from flashspec.cache import cache_dir
 
-SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in ("", "_weights", "_verify"))
+SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in ("", "_weights", "_verify", "_step"))
 
 
 def available() -> bool:
@@ -49,8 +49,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.flashspec_logits.argtypes = [pointer, pointer, integer, pointer, integer]
     loaded.flashspec_verify.argtypes = [pointer, integer]
     loaded.flashspec_gumbel.argtypes = [pointer] * 2 + [integer] * 4 + [pointer]
-    for function in (loaded.flashspec_verify, loaded.flashspec_gumbel):
-        function.restype = None
+    loaded.flashspec_commit.argtypes = [pointer]
+    loaded.flashspec_window.argtypes = [pointer] * 3 + [integer] * 4 + [pointer] * 3
+    for name in ("verify", "gumbel", "commit", "window"):
+        getattr(loaded, f"flashspec_{name}").restype = None
     return loaded, ""
 
 
