@@ -41,6 +41,7 @@ class HFModel:
         decoder: nn.Module = model.get_decoder()
         if model.config.is_encoder_decoder or decoder is model or not isinstance(decoder, PreTrainedModel):
             raise self._refusal("it has no decoder apart from its language-model head")
+        self._lm_head = model.get_output_embeddings()
         self._weights: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
         self._head = copy.deepcopy(model, {**self._weights, id(decoder): _GivenHidden()}).eval()
         self._body = copy.deepcopy(decoder, dict(self._weights)).eval()
@@ -64,9 +65,9 @@ class HFModel:
         return KVCache(keys, values)
 
     def vocabulary(self) -> Vocabulary:
-        head = self._head.get_output_embeddings()
+        head = self._lm_head
         if not isinstance(head, nn.Linear):
-            raise self._refusal("it has no LM head that a drafter could share")
+            raise FlashSpecError(f"{self._name} has no LM head that a drafter could share")
         return Vocabulary(self._body.get_input_embeddings().weight.detach(), head.weight.detach())
 
     def forward(

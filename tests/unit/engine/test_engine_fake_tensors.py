@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from flashspec.config import SamplingConfig
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
+from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.early_exit import EarlyExitDrafter
+from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.ngram import NgramDrafter
 from flashspec.engine.outcome import HEAD, Outcome
@@ -66,6 +69,20 @@ def tiny_decoder(num_layers: int = 2) -> Decoder:
     return Decoder(config, DecoderWeights(embedding, (layer,) * num_layers, torch.ones(HIDDEN), embedding))
 
 
+def tiny_eagle() -> EagleHead:
+    """Its layer reads twice the width; it knows half of the vocabulary."""
+    model = tiny_decoder(1)
+    layer = replace(model.weights.layers[0], qkv=torch.randn(64, 2 * HIDDEN))
+    weights = replace(model.weights, layers=(layer,), lm_head=torch.randn(VOCAB // 2, HIDDEN))
+    fusion = Fusion((1, 1, 1), torch.randn(HIDDEN, 3 * HIDDEN), torch.ones(HIDDEN), torch.arange(0, VOCAB, 2))
+    return EagleHead(model.config, weights, fusion)
+
+
+def tiny_medusa() -> MedusaHeads:
+    block = torch.randn(LENGTH, HIDDEN, HIDDEN), torch.randn(LENGTH, HIDDEN)
+    return MedusaHeads((block,), 2, torch.randn(LENGTH, VOCAB, HIDDEN))
+
+
 def start_state(**settings: object) -> DecodeState:
     model, config = tiny_decoder(), SamplingConfig(**settings)  # type: ignore[arg-type]
     sampler = make_sampler(config, PROMPTS, [0], VOCAB, 1, model.device)
@@ -81,10 +98,11 @@ def take(state: DecodeState, drafter: Drafter | None) -> Outcome:
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("arm", ["plain", "ngram", "model", "early-exit"])
+@pytest.mark.parametrize("arm", ["plain", "ngram", "model", "early-exit", "eagle", "medusa"])
 def test_a_step_needs_no_values(arm: str, settings: dict[str, object]) -> None:
     state = start_state(**settings)
     drafters = {"ngram": NgramDrafter(), "model": ModelDrafter(tiny_decoder(1)), "early-exit": EarlyExitDrafter(1)}
+    drafters |= {"eagle": EagleDrafter(tiny_eagle()), "medusa": MedusaDrafter(tiny_medusa())}
     drafter = drafters.get(arm)
     outcome = take(state, drafter)
     assert outcome.packed.shape == (2, HEAD + 1 + (LENGTH if drafter else 0))

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoding import EVERY_ARM, TakingTurns, every_drafter
 from fakes import MarkovModel, greedy_text
+from small_heads import VOCAB, write_eagle, write_medusa
+from small_models import llama
 
 from flashspec import FlashSpecConfig, SpeculativeEngine
 from flashspec.core import Arm
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
+from flashspec.drafters.heads import load_head
 from flashspec.engine.workspace import Workspaces
+from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
+from flashspec.models.decoder import Decoder
 from flashspec.models.loading import LoadedModel
 
 TARGET = MarkovModel.random(7, seed=11, max_context=2000)
@@ -24,17 +30,19 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Counts what it records; `workspaces` is set once they exist."""
+    """Counts what it records; `workspaces` is set once they exist. features: where its graphs write hidden states."""
 
     def __init__(self, refuses: bool = False) -> None:
         self.recorded = 0
         self.refuses = refuses
+        self.features: set[int] = set()
         self.workspaces: Workspaces | None = None
 
     def __call__(self, work: Work) -> Work:
         if self.refuses:
             raise RuntimeError("operation not permitted\nwhen capturing")
         self.recorded += 1
+        self.features |= {id(w.state.target.features) for w in self.workspaces._kept.values() if w.state.readers}
         bounds = {id(w.state): w.state.bound for w in self.workspaces._kept.values()}
 
         def replay() -> None:
@@ -49,16 +57,18 @@ class Recorder:
         return replay
 
 
-def engine_of(arms: tuple[str, ...] = EVERY_ARM, refuses: bool = False, **drafters: Drafter) -> Any:
+def engine_of(
+    arms: tuple[str, ...] = EVERY_ARM, refuses: bool = False, target: Any = TARGET, **drafters: Drafter
+) -> Any:
     named = {**every_drafter(TARGET), **drafters}
     config = FlashSpecConfig(device="cpu", sampling={"temperature": 0.0})
     used = {Arm.parse(arm).drafter: named[Arm.parse(arm).drafter] for arm in arms if arm != "plain"}
     for name, drafter in used.items():
         drafter.name = name
-    loaded = LoadedModel(TARGET, None, (), "target")
+    loaded = LoadedModel(target, None, (), "target")
     engine = SpeculativeEngine(config, list(used.values()), loaded, TakingTurns(len(arms)), arms=arms)
     recorder = Recorder(refuses)
-    engine.workspaces = recorder.workspaces = Workspaces(TARGET, engine.arms, engine.drafters, recorder)
+    engine.workspaces = recorder.workspaces = Workspaces(target, engine.arms, engine.drafters, recorder)
     return engine, recorder
 
 
@@ -76,6 +86,34 @@ def test_requests_of_many_sizes_share_a_workspace(prompts: list[list[int]]) -> N
     recorded = recorder.recorded
     engine.generate(prompts, 30)
     assert recorder.recorded == recorded > len(set(EVERY_ARM))
+
+
+def test_heads_read_what_graphs_record(tmp_path: Path) -> None:
+    """Their drafts are those that an engine without graphs makes, step for step; a request keeps nothing of another.
+    At a temperature of 5 most are accepted, and the text itself shows any other draft."""
+    model = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=200)
+    config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
+    target = Decoder(config, decoder_weights(config, state, torch.device("cpu"), torch.float32))
+    folders = {"eagle": write_eagle(tmp_path / "eagle"), "medusa": write_medusa(tmp_path / "medusa")}
+    drafters = {name: load_head(folder, target, name) for name, folder in folders.items()}
+    arms = ("plain", "eagle:2", "medusa:3", "eagle:12", "plain")
+    ours, recorder = engine_of(arms, target=target, **drafters)
+    eager, _ = engine_of(arms, target=target, **drafters)
+    eager.workspaces = None
+    prompts = [PROMPTS, [[1], [2, 2]], [[0, 5, 6] * 9]]
+    for options in ({}, {"temperature": 0.8, "variant": "coupled", "seed": 3}, {"temperature": 5.0, "seed": 3}):
+        for batch in prompts:
+            for engine in (ours, eager):  # each its arms from the first one on
+                engine.selector = TakingTurns(len(arms))
+                engine._by_rows.clear()
+                engine._by_rows.default_factory = lambda: TakingTurns(len(arms))
+            found, expected = (engine.generate(batch, 60, **options) for engine in (ours, eager))
+            assert rows(found) == rows(expected)
+            assert [[r.accepted for r in s.rows] for s in found.steps] == [
+                [r.accepted for r in s.rows] for s in expected.steps
+            ]
+    assert recorder.recorded > len(arms)
+    assert recorder.features == {id(w.state.target.features) for w in ours.workspaces._kept.values()}
 
 
 def test_a_longer_text_gets_a_larger_workspace() -> None:

@@ -1,0 +1,134 @@
+"""An EAGLE-3 head (Li et al. 2025): one decoder layer over a token and what the target made of the one before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.drafters.chain import with_features, write_chain
+from flashspec.models.base import Features, KVCache
+from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
+from flashspec.models.reader import Reader
+
+# Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price.
+WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What comes before the layer. fc: (hidden, n * the target's hidden), over its hidden states of `layers`, low to
+    high; hidden_norm: (hidden,). part: (V',) int64, the tokens that the LM head knows; None: all."""
+
+    layers: tuple[int, ...]
+    fc: Tensor
+    hidden_norm: Tensor
+    part: Tensor | None = None
+
+
+class EagleHead(Decoder):
+    """Slot s of its cache stands for token s + 1 beside the target's hidden states at s, and predicts token s + 2.
+
+    Its one layer's qkv weights read (embedding, hidden), each normed: ((H + 2K) D, 2 hidden)."""
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, fusion: Fusion) -> None:
+        super().__init__(config, weights)
+        self.fusion = fusion
+
+    def fuse(self, features: Features, slots: Tensor) -> Tensor:
+        """The target's hidden states of slots (B, Q) as the layer takes them, (B, Q, hidden)."""
+        return F.linear(features.at(self.fusion.layers, slots), self.fusion.fc)
+
+    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tensor:
+        """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, what this gave for the slot
+        before. Returns (B, Q, hidden), from which `logits` predicts."""
+        layer, (keys, values) = self.weights.layers[0], (cache.keys[0], cache.values[0])
+        embedded = self._norm(F.embedding(token_ids, self.weights.embedding), layer.attention_norm)
+        both = torch.cat([embedded, self._norm(hidden, self.fusion.hidden_norm)], -1)  # (B, Q, 2 hidden)
+        queries = self._write(layer, both, self._places(slots), keys, values)
+        attended = self._attend(queries, keys[:, :, :bound], values[:, :, :bound], self._mask(slots, bound, None))
+        hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
+        return hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., V') float32."""
+        return super().logits(self._norm(hidden, self.weights.final_norm))
+
+
+class HeadReader(Reader):
+    """A head's cache. Slots written while drafting never count: they rest on the head's own states, not the target's.
+
+    target: whose features it reads; set when a batch begins."""
+
+    target: Reader
+
+    @property
+    def head(self) -> EagleHead:
+        assert isinstance(self.model, EagleHead)
+        return self.model
+
+    def read_text(self, tokens: Tensor, slots: Tensor, lengths: Tensor, bound: int) -> Tensor:
+        """Read slots (B, Q) of tokens (B, T), up to lengths - 2; (B, Q, hidden)."""
+        assert self.target.features is not None
+        fused = self.head.fuse(self.target.features, slots)
+        hidden = self.extend(tokens.gather(1, slots + 1), fused, slots, bound)
+        torch.minimum(slots[:, -1] + 1, lengths - 1, out=self.cached)
+        return hidden
+
+    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, bound: int) -> Tensor:
+        slots = slots.clamp(max=self.cache.capacity - 1)  # as in `read`
+        return self.head.extend(token_ids, hidden, slots, self.cache, min(bound, self.cache.capacity))
+
+    def read_on(self, tokens: Tensor, lengths: Tensor, bound: int, size: int) -> None:
+        slots = self.cached[:, None] + torch.arange(size, device=self.cached.device)
+        self.read_text(tokens, torch.minimum(slots, lengths[:, None] - 2).clamp(min=0), lengths, bound)
+
+    def restart(self, bound: int, kept: int = 0) -> None:
+        super().restart(bound, max(kept - 1, 0))  # the last slot kept knows the token after it
+
+    def advance(self, emitted: int) -> None:
+        self.stale = emitted if self._takes_part else self.stale + emitted
+        self._takes_part = False
+
+
+class EagleDrafter(Drafter):
+    def __init__(self, head: EagleHead, name: str = "eagle3") -> None:
+        self.head = head
+        self.name = name
+        self.feature_layers = tuple(sorted(set(head.fusion.layers)))
+
+    def start(self, context: DraftContext) -> Proposer:
+        context.record_features(self.feature_layers)
+        window = WINDOW_ON_CPU if self.head.device.type == "cpu" else WINDOW_ON_GPU
+        reader = context.add_reader(self.head, window, HeadReader)
+        assert isinstance(reader, HeadReader)
+        reader.target = context.target
+        return EagleProposer(reader)
+
+
+class EagleProposer(Proposer):
+    def __init__(self, reader: HeadReader) -> None:
+        self.reader = reader
+
+    def prepare(self, context: DraftContext) -> None:
+        context.catch_up(context.target)  # a batch that began without features lacks them
+        context.catch_up(self.reader)
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        reader, last = self.reader, context.lengths[:, None] - 2  # (B, 1), the last slot whose features are known
+        window = torch.arange(1 - reader.lag, 1, device=last.device)
+        slots = (last + window).clamp(min=0)  # (B, lag)
+        hidden = reader.read_text(context.tokens, slots, context.lengths, context.bound)[:, -1]
+
+        def read_next(token_ids: Tensor, offset: int) -> Tensor:
+            nonlocal hidden
+            slots = (last + offset).clamp(min=0)
+            hidden = reader.extend(token_ids[:, None], hidden[:, None], slots, context.bound + offset)[:, -1]
+            return hidden
+
+        draft = write_chain(context, length, reader.head.logits, hidden, read_next, reader.head.fusion.part)
+        return with_features(draft, context.lengths)

@@ -1,0 +1,201 @@
+"""Drafter heads from a folder: public EAGLE-3 and Medusa checkpoints, and what `flashspec train-drafter` writes.
+
+A folder holds config.json and safetensors. Ours carry, in config.json, "flashspec": {"kind": "eagle3", "medusa" or
+"tiny", "target": its name, "target_hash": `target_hash` of it or null, "feature_layers": the layers, from 0, whose
+outputs an EAGLE-3 head reads, or null}. What is missing among embed_tokens, lm_head and Medusa's last layers is the
+target's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashspec.core import FlashSpecError
+from flashspec.drafters.base import Drafter
+from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
+from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
+from flashspec.drafters.model import ModelDrafter
+from flashspec.models.base import LanguageModel, SharesVocabulary, Vocabulary
+from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
+from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
+
+KINDS = ("eagle3", "medusa", "tiny")
+HASHED_ROWS = 64
+MEDUSA_FILE = "medusa_lm_head.safetensors"
+
+
+def eagle_layers(num_layers: int) -> tuple[int, int, int]:
+    """The hidden states that public heads read: those entering layers 2, n / 2 and n - 3, or the nearest there are."""
+    low, middle, high = (min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3))
+    return low, middle, high
+
+
+def target_hash(vocabulary: Vocabulary) -> str | None:
+    """Names a target, whatever precision it is held in: SHA-256 of its final norm and the first rows of its embedding,
+    rounded to bfloat16. None where there is no such norm."""
+    if vocabulary.final_norm is None:
+        return None
+    marked = torch.cat([vocabulary.final_norm[None], vocabulary.embedding[:HASHED_ROWS]]).bfloat16().float()
+    return hashlib.sha256(marked.cpu().numpy().tobytes()).hexdigest()
+
+
+def is_head(source: Any) -> bool:
+    """Whether it is a folder with a head in it."""
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source).expanduser() / "config.json"
+    return path.is_file() and _kind(read_json(path)) is not None
+
+
+def load_head(folder: Path, target: LanguageModel, name: str) -> Drafter:
+    """A head as a drafter for this target; FlashSpecError says what does not fit, or what the folder lacks."""
+    config = read_json(folder / "config.json")
+    kind = _kind(config)
+    if kind not in KINDS:
+        raise FlashSpecError(f"{folder} holds a head of kind {kind!r}; the known ones are {', '.join(KINDS)}")
+    if not isinstance(target, SharesVocabulary):
+        raise FlashSpecError(f"the head in {folder} needs its target's embedding; a {type(target).__name__} has none")
+    head = _Head(folder, config, target)
+    return {"eagle3": _eagle, "medusa": _medusa, "tiny": _tiny}[kind](head, name)
+
+
+def _kind(config: Mapping[str, Any]) -> str | None:
+    ours = config.get("flashspec", {}).get("kind")
+    if ours is not None:
+        return str(ours)
+    if "medusa_num_heads" in config:
+        return "medusa"
+    named = any("eagle3" in name.lower() for name in config.get("architectures") or [])
+    return "eagle3" if named or "draft_vocab_size" in config else None
+
+
+class _Head:
+    """A head's folder beside its target."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], target: SharesVocabulary) -> None:
+        self.folder, self.config, self.target, self.vocabulary = folder, config, target, target.vocabulary()
+        for field, own in (("vocab_size", target.vocab_size), ("target_hidden_size", target.hidden_size)):
+            if config.get(field, own) != own:
+                raise self.refusal(f"its {field} is {config[field]} and the target's {own}")
+        self._check_hash()
+        self.file = SafetensorsFolder(folder, MEDUSA_FILE if (folder / MEDUSA_FILE).exists() else "model.safetensors")
+        self.weights = Weights(self.file, target.device, target.dtype)
+        self.part = self._part() if "d2t" in self.file else None
+
+    def refusal(self, reason: str) -> FlashSpecError:
+        return FlashSpecError(f"the head in {self.folder} does not fit this target: {reason}")
+
+    def feature_layers(self) -> tuple[int, ...]:
+        """The hidden states that it was trained on, as `Features.layers` counts: a layer's output enters the next."""
+        count, named = self.target.num_layers, self.config.get("flashspec", {}).get("feature_layers")
+        if not named:
+            return eagle_layers(count)
+        if any(not -1 <= layer < count - 1 for layer in named):  # -1: the embedding
+            raise self.refusal(f"feature_layers is {named}, and the target's last layer {count - 1}")
+        return tuple(layer + 1 for layer in named)
+
+    def scorer(self, hidden_size: int) -> Tensor:
+        """The LM head: its own, or the target's rows for the tokens that it knows."""
+        lm_head = self.vocabulary.lm_head
+        size = len(lm_head) if self.part is None else len(self.part)
+        if "lm_head.weight" in self.file:
+            return self.weights.read((size, hidden_size), "lm_head.weight")
+        self._shares(hidden_size, "LM head")
+        return lm_head if self.part is None else lm_head[self.part]
+
+    def embedder(self, hidden_size: int) -> Tensor:
+        if "embed_tokens.weight" in self.file:
+            return self.weights.read((self.target.vocab_size, hidden_size), "embed_tokens.weight")
+        self._shares(hidden_size, "embedding")
+        return self.vocabulary.embedding
+
+    def decoder_config(self, num_layers: int) -> DecoderConfig:
+        """Of its layers; their rotary angles have no end, so that its context is the target's."""
+        config = decoder_config({"num_hidden_layers": num_layers, "model_type": "llama", **self.config})
+        return replace(config, max_context=self.target.max_context, vocab_size=self.target.vocab_size)
+
+    def _check_hash(self) -> None:
+        ours = self.config.get("flashspec", {})
+        trained, own = ours.get("target_hash"), target_hash(self.vocabulary)
+        if trained and own and trained != own and self.target.dtype != torch.float16:  # which would round twice
+            raise self.refusal(f"it was trained for the weights of {ours.get('target') or 'another model'}")
+
+    def _shares(self, hidden_size: int, what: str) -> None:
+        if hidden_size != self.target.hidden_size:
+            sizes = f"hidden_size is {hidden_size} and the target's {self.target.hidden_size}"
+            raise self.refusal(f"it has no {what} of its own, and its {sizes}")
+
+    def _part(self) -> Tensor:
+        """(V',) int64, the tokens that its logits are of."""
+        offsets = self.file.tensor("d2t").long()
+        token_ids = torch.arange(len(offsets)) + offsets
+        size = self.config.get("draft_vocab_size", len(offsets))
+        known = len(self.file.tensor("t2d")) if "t2d" in self.file else self.target.vocab_size
+        if size != len(offsets) or known != self.target.vocab_size:
+            raise self.refusal(
+                f"it maps {len(offsets)} of {known} tokens, but its config says {size} and the target has "
+                f"{self.target.vocab_size}"
+            )
+        if token_ids.min() < 0 or token_ids.max() >= known or len(set(token_ids.tolist())) != size:
+            raise self.refusal("its d2t names a token twice, or one outside the vocabulary")
+        return token_ids.to(self.target.device)
+
+
+def _eagle(head: _Head, name: str) -> Drafter:
+    config = replace(head.decoder_config(1), windows=(None,))
+    size, layers = config.hidden_size, head.feature_layers()
+    fusion = Fusion(
+        layers=layers,
+        fc=head.weights.read((size, len(layers) * head.target.hidden_size), "fc.weight"),
+        hidden_norm=head.weights.read((size,), "midlayer.hidden_norm.weight"),
+        part=head.part,
+    )
+    weights = DecoderWeights(
+        embedding=head.embedder(size),
+        layers=(head.weights.layer(config, "midlayer", inputs=2),),
+        final_norm=head.weights.read((size,), "norm.weight"),
+        lm_head=head.scorer(size),
+    )
+    return EagleDrafter(EagleHead(config, weights, fusion), name)
+
+
+def _medusa(head: _Head, name: str) -> Drafter:
+    count, depth = head.config.get("medusa_num_heads", 0), head.config.get("medusa_num_layers", 1)
+    if not (isinstance(count, int) and isinstance(depth, int) and count > 0 and depth > 0):
+        raise head.refusal(f"medusa_num_heads is {count!r} and medusa_num_layers {depth!r}; both should be at least 1")
+    size, part, target = head.target.hidden_size, head.part, head.target
+
+    def stacked(shape: tuple[int, ...], block: int, kind: str) -> Tensor:
+        """One tensor of all heads, (count, *shape)."""
+        return torch.stack([head.weights.read(shape, f"{index}.{block}.{kind}") for index in range(count)])
+
+    blocks = tuple(
+        (stacked((size, size), i, "linear.weight"), stacked((size,), i, "linear.bias")) for i in range(depth)
+    )
+    layer = target.num_layers
+    if f"0.{depth}.weight" in head.file:
+        own = stacked((target.vocab_size if part is None else len(part), size), depth, "weight")
+        return MedusaDrafter(MedusaHeads(blocks, layer, lm_heads=own, part=part), name)
+    if part is None:
+        return MedusaDrafter(MedusaHeads(blocks, layer, score=target.logits), name)
+    rows = head.scorer(size)
+    return MedusaDrafter(MedusaHeads(blocks, layer, score=lambda x: F.linear(x, rows).float(), part=part), name)
+
+
+def _tiny(head: _Head, name: str) -> Drafter:
+    config = head.decoder_config(1)
+    weights = DecoderWeights(
+        embedding=head.embedder(config.hidden_size),
+        layers=tuple(head.weights.layer(config, f"model.layers.{index}") for index in range(config.num_layers)),
+        final_norm=head.weights.read((config.hidden_size,), "model.norm.weight"),
+        lm_head=head.scorer(config.hidden_size),
+    )
+    return ModelDrafter(Decoder(config, weights), name, head.part)

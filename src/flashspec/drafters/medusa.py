@@ -1,0 +1,75 @@
+"""Medusa heads (Cai et al. 2024): each guesses a token further ahead, all from the target's last hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.drafters.chain import with_features, write_chain
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaHeads:
+    """N heads of residual blocks, each block x + silu(weight x + bias).
+
+    blocks: weight (N, hidden, hidden) and bias (N, hidden) of the first, second ... block of all heads. lm_heads:
+    (N, V', hidden) of their own, or score: (..., hidden) -> (..., V') float32, which they share. layer: the target's
+    final-normed hidden state, as Features has it. part: (V',) int64, the tokens that they know; None: all.
+    """
+
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+    layer: int
+    lm_heads: Tensor | None = None
+    score: Callable[[Tensor], Tensor] | None = None
+    part: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks[0][0])
+
+    def logits(self, hidden: Tensor, count: int) -> Tensor:
+        """hidden (B, hidden) -> (count, B, V') float32 of the first heads."""
+        ahead = hidden.expand(count, -1, -1)  # (count, B, hidden)
+        for weight, bias in self.blocks:
+            ahead = ahead + F.silu(torch.baddbmm(bias[:count, None], ahead, weight[:count].mT))
+        if self.lm_heads is not None:
+            return torch.bmm(ahead, self.lm_heads[:count].mT).float()
+        assert self.score is not None
+        return self.score(ahead)
+
+
+class MedusaDrafter(Drafter):
+    """Drafts at most as many tokens as there are heads."""
+
+    def __init__(self, heads: MedusaHeads, name: str = "medusa") -> None:
+        self.heads = heads
+        self.name = name
+        self.lengths = tuple(sorted({min(length, heads.count) for length in (2, 4)}))
+        self.feature_layers = (heads.layer,)
+
+    def start(self, context: DraftContext) -> Proposer:
+        context.record_features(self.feature_layers)
+        return MedusaProposer(self.heads)
+
+
+class MedusaProposer(Proposer):
+    def __init__(self, heads: MedusaHeads) -> None:
+        self.heads = heads
+
+    def prepare(self, context: DraftContext) -> None:
+        context.catch_up(context.target)  # a batch that began without features lacks them
+
+    def propose(self, context: DraftContext, length: int) -> Draft:
+        heads, features = self.heads, context.target.features
+        assert features is not None
+        length = min(length, heads.count)
+        last = (context.lengths[:, None] - 2).clamp(min=0)  # (B, 1), whose features are known
+        logits = heads.logits(features.at((heads.layer,), last)[:, 0], length)  # (length, B, V')
+        draft = write_chain(context, length, lambda x: x, logits[0], lambda _, offset: logits[offset], heads.part)
+        return with_features(draft, context.lengths)

@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flashspec.core import FlashSpecError
+
+SCRATCH = ".unfinished"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Whoever is killed in the middle of it leaves what was there before. FlashSpecError where the disk is full."""
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=SCRATCH, delete=False) as file:
+            scratch = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+        os.replace(scratch, path)
+        _sync(path.parent)
+    except OSError as error:
+        if scratch is not None:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise FlashSpecError(
+            f"cannot write {path} ({reason}): make room and go on with --resume; what was there before is intact"
+        ) from None
+
+
+def clear_scratch(folder: Path) -> None:
+    """Drop what a kill left half written."""
+    for path in folder.rglob(f".*{SCRATCH}"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """A rename is safe from a power cut only when its folder is on the disk."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
+    """notes: JSON beside the tensors, in the same file so that the two never disagree."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(stored, {"notes": json.dumps(notes or {})}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote. FlashSpecError where the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes: dict[str, Any] = json.loads((file.metadata() or {}).get("notes", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FlashSpecError(f"{path} cannot be read ({error}): delete it, or train into another --out") from None

@@ -1,0 +1,188 @@
+"""The loop: AdamW against the clock, with everything in a file that a kill leaves whole."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashspec.core import FlashSpecError
+from flashspec.training.batches import endless, held_out_order, make_batch
+from flashspec.training.features import hidden_states
+from flashspec.training.files import read_tensors, write_tensors
+from flashspec.training.heads import DraftHead
+from flashspec.training.measure import Measure, Teacher, accepted_lengths, draft_loss, summarise, walk
+from flashspec.training.rollouts import Clock, Rollouts
+from flashspec.training.settings import Kind, Progress, Settings
+from flashspec.training.target import Target
+
+CLIP = 1.0  # of the gradient's norm
+HELD_OUT_TOKENS = {"cuda": 32768, "cpu": 4096}
+SCORE_BYTES = 16  # what a score of one position keeps until the gradients are there
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a training stands. seconds: spent in it, over all its runs."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    epoch: int = 0
+    place: int = 0
+    measures: list[Measure] = field(default_factory=list)
+
+
+class Fit:
+    """One drafter on its way. seconds: of training alone. saved: called with the measures whenever they grow."""
+
+    def __init__(
+        self,
+        head: DraftHead,
+        target: Target,
+        teacher: Teacher,
+        rollouts: Rollouts,
+        settings: Settings,
+        feature_layers: list[int],
+        seconds: float,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.head, self.target, self.teacher, self.rollouts, self.settings = head, target, teacher, rollouts, settings
+        self.feature_layers, self.seconds, self.clock = feature_layers, seconds, clock
+        self.position = Position()
+        self.steps = 1 if settings.kind is Kind.TINY else settings.unroll
+        self.device = target.decoder.device
+        self.optimiser = torch.optim.AdamW(
+            head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.batch_tokens = settings.batch_tokens or batch_tokens(self.device, len(teacher.vocabulary) * self.steps)
+        self.held_out = held_out_order(rollouts, self.batch_tokens, HELD_OUT_TOKENS[self.device.type])
+
+    def run(
+        self,
+        save: Callable[[], None],
+        *,
+        stopped: Callable[[], bool],
+        progress: Progress,
+        measured: Callable[[Measure], None],
+    ) -> None:
+        """Train until the time is over or `stopped` says so; `save` after each look at the held-out text."""
+        at, settings = self.position, self.settings
+        if not at.measures:
+            self._look(measured)
+        last, looked, loss = self.clock(), at.seconds, math.nan
+        for epoch, place, indices in endless(self.rollouts, self.batch_tokens, settings.seed, at.epoch, at.place):
+            if stopped() or at.seconds >= self.seconds:
+                break
+            loss = self._step(indices)
+            at.steps, at.epoch, at.place = at.steps + 1, epoch, place
+            now = self.clock()
+            at.seconds, last = at.seconds + now - last, now
+            progress(
+                f"training: loss {loss:.3f}, {at.measures[-1].length:.2f} tokens a step", at.seconds / self.seconds
+            )
+            if at.seconds - looked >= settings.measure_every and at.seconds < self.seconds:
+                looked = at.seconds
+                self._look(measured)
+                save()
+        if at.seconds >= self.seconds and at.measures[-1].tokens < at.tokens:
+            self._look(measured)
+        save()
+
+    def learning_rate(self) -> float:
+        """Warm-up, then a cosine, over the time and not over steps: how many there will be nobody knows."""
+        done = min(self.position.seconds / self.seconds, 1.0)
+        warm = min(1.0, (done + 1e-3) / self.settings.warm_up)
+        return self.settings.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def _step(self, indices: list[int]) -> float:
+        batch = make_batch(self.rollouts, indices, self.device)
+        reading = hidden_states(self.target.decoder, batch.token_ids, self.feature_layers)
+        with self._precision():
+            loss = draft_loss(self.head, reading, batch, self.teacher, self.steps, self.settings.decay)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward([loss])
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), CLIP)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FlashSpecError(
+                f"the loss is {value} at step {self.position.steps}: take a smaller learning rate than "
+                f"{self.settings.learning_rate:g}; the last checkpoint is intact"
+            )
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimiser.step()
+        self.position.tokens += int((batch.lengths - batch.starts).sum())
+        return value
+
+    @torch.no_grad()
+    def _look(self, measured: Callable[[Measure], None]) -> None:
+        losses, taken = [], []
+        gamma, decay = self.settings.gamma, self.settings.decay
+        for indices in self.held_out:
+            batch = make_batch(self.rollouts, indices, self.device)
+            reading = hidden_states(self.target.decoder, batch.token_ids, self.feature_layers)
+            with self._precision():
+                loss = draft_loss(self.head, reading, batch, self.teacher, self.steps, decay)
+                accepted = accepted_lengths(self.head, reading, batch, self.teacher.vocabulary, gamma)
+            losses += [float(loss)] * len(indices)
+            rows = zip(accepted.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+            taken += [count for row, start, length in rows for count in walk(row, start, length, gamma)]
+        rates, length = summarise(taken, gamma)
+        at = self.position
+        at.measures.append(Measure(at.seconds, at.tokens, sum(losses) / len(losses), rates, length))
+        measured(at.measures[-1])
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def write_state(self, path: Path, marks: Mapping[str, Any]) -> None:
+        """Weights, moments and position in one file. marks: what a resumed run has to agree with."""
+        at = self.position
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.head.state_dict().items():
+            tensors[f"weight.{name}"] = tensor
+        for name, parameter in self.head.named_parameters():
+            moments = self.optimiser.state.get(parameter)
+            tensors |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS if moments}
+        notes = {
+            "seconds": at.seconds, "steps": at.steps, "tokens": at.tokens, "epoch": at.epoch, "place": at.place,
+            "measures": [measure.to_json() for measure in at.measures],
+        }  # fmt: skip
+        write_tensors(path, tensors, {**marks, "position": notes})
+
+    def read_state(self, path: Path) -> None:
+        """FlashSpecError where the file is of another drafter."""
+        tensors, notes = read_tensors(path)
+        position = notes["position"]
+        measures = [Measure.from_json(measure) for measure in position.pop("measures")]
+        self.position = Position(**position, measures=measures)
+        weights = {name: tensors.get(f"weight.{name}") for name in self.head.state_dict()}
+        for name, tensor in self.head.state_dict().items():
+            stored = weights[name]
+            if stored is None or stored.shape != tensor.shape:
+                shape = tuple(tensor.shape)
+                raise FlashSpecError(f"{path} holds no {name} of shape {shape}: train into another --out")
+        self.head.load_state_dict(weights)
+        for name, parameter in self.head.named_parameters():
+            if f"exp_avg.{name}" in tensors:
+                moments = {moment: tensors[f"{moment}.{name}"].to(self.device) for moment in _MOMENTS}
+                self.optimiser.state[parameter] = {"step": torch.tensor(float(position["steps"])), **moments}
+
+
+def batch_tokens(device: torch.device, scores: int) -> int:
+    """Positions a batch, of so many scores each: on a GPU what a quarter of the free memory holds, at most 16,384."""
+    if device.type == "cpu":
+        return 2048
+    gc.collect()  # what writing the texts took
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(max(1024, min(16384, free / 4 / (SCORE_BYTES * scores))))

@@ -1,0 +1,266 @@
+"""Drafter heads as they are trained: over whole sequences, under the parameter names of public checkpoints.
+
+An *anchor* a is the last position whose hidden states the target has given; the token at a + 1 is known. Draft step k
+(from 0) proposes the token at a + 2 + k.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashspec.models.decoder import DecoderConfig, LayerWeights
+from flashspec.training.features import Reading
+from flashspec.training.layers import attend, decoder_layer, rotary_waves, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """decoder: the sizes of the drafter's own layers. draft_vocab_size: V'. num_heads: of a Medusa set."""
+
+    decoder: DecoderConfig
+    draft_vocab_size: int
+    num_features: int = 3
+    num_heads: int = 4
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.hidden_size
+
+
+class DraftHead(nn.Module):
+    """A drafter in training. target_rows: (V', hidden), the target's LM head for the draft vocabulary, where it is
+    shared; else None."""
+
+    target_rows: Tensor | None
+
+    @abstractmethod
+    def unroll(self, reading: Reading, steps: int) -> list[Tensor]:
+        """For each draft step the hidden states (B, T, hidden) by anchor, float32. What a step reads is the text's own
+        token, in place of what the step before would have said. Behind a row's end they mean nothing."""
+
+    @abstractmethod
+    def score(self, step: int, hidden: Tensor) -> Tensor:
+        """(n, hidden) of a step -> (n, V')."""
+
+    def public_state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, by their public names."""
+        return self.state_dict()
+
+    def _lm_head(self, own: nn.Linear | None, hidden: Tensor) -> Tensor:
+        if own is not None:
+            return F.linear(hidden, own.weight)
+        assert self.target_rows is not None
+        return F.linear(hidden, self.target_rows.to(hidden.dtype))
+
+
+def following(by_position: Tensor, offset: int) -> Tensor:
+    """(B, T, ...) -> the entry `offset` positions later, zeros behind the end."""
+    rest = by_position[:, offset:]
+    padding = by_position.new_zeros(by_position.shape[0], by_position.shape[1] - rest.shape[1], *rest.shape[2:])
+    return torch.cat([rest, padding], 1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, inputs: int) -> None:
+        super().__init__()
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj, self.o_proj = _linear(inputs, queries), _linear(queries, config.hidden_size)
+        self.k_proj, self.v_proj = _linear(inputs, keys), _linear(inputs, keys)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = (
+            _linear(hidden, inner),
+            _linear(hidden, inner),
+            _linear(inner, hidden),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+@dataclass(slots=True)
+class _Entries:
+    """Keys and values of every draft step so far, each (B, T, K, D) by anchor."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+class _Midlayer(nn.Module):
+    """The one layer of an EAGLE-3 head; its residual stream is the fused feature."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.norm_eps
+        self.hidden_norm, self.input_layernorm = nn.RMSNorm(size, eps), nn.RMSNorm(size, eps)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.self_attn, self.mlp = _Attention(config, 2 * size), _Mlp(config)
+
+    def forward(self, embedded: Tensor, feature: Tensor, entries: _Entries, mask: Tensor) -> Tensor:
+        """embedded, feature: (B, T, hidden). mask: (T, S), of which the entries there are take the first columns."""
+        c, attention, step = self.config, self.self_attn, len(entries.keys)
+        both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)  # (B, T, 2 hidden)
+        queries, keys, values = (
+            project(both).view(*feature.shape[:2], -1, c.head_dim)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        positions = torch.arange(step, step + feature.shape[1], device=feature.device)
+        waves = rotary_waves(c.inv_freq, c.rotary_scale, positions)
+        entries.keys.append(rotate(keys, waves))
+        entries.values.append(values)
+        keys, values = torch.cat(entries.keys, 1), torch.cat(entries.values, 1)  # (B, (step + 1) T, K, D)
+        mixed = attend(rotate(queries, waves), keys, values, mask[:, : keys.shape[1]])
+        hidden: Tensor = feature + attention.o_proj(mixed)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class Eagle3Head(DraftHead):
+    """Trained on its own rollouts: from the second draft step on a step reads what the one before made of the text,
+    and attends, as drafting does, to true entries up to the anchor and to its own drafts behind it.
+
+    scales: the sizes of the features. The optimiser moves every weight by about as much, which for those of a feature
+    of size 24 was far too much; it trains weights of features of size 1, and a checkpoint has the quotients."""
+
+    scales: Tensor
+
+    def __init__(self, shape: HeadShape, target_rows: Tensor | None, scales: Sequence[float]) -> None:
+        super().__init__()
+        size = shape.hidden_size
+        self.register_buffer("scales", torch.tensor(scales).repeat_interleave(size))  # (n hidden,)
+        self.fc = _linear(shape.num_features * size, size)
+        self.midlayer = _Midlayer(shape.decoder)
+        self.norm = nn.RMSNorm(size, shape.decoder.norm_eps)
+        self.lm_head = None if target_rows is not None else _linear(size, shape.draft_vocab_size)
+        self.register_buffer("target_rows", target_rows, persistent=False)
+
+    def unroll(self, reading: Reading, steps: int) -> list[Tensor]:
+        embedding, feature = reading.embedding.float(), self.fc(reading.fused.float() / self.scales).float()
+        length = feature.shape[1]
+        true = torch.ones(length, length, dtype=torch.bool, device=feature.device).tril()
+        own = torch.eye(length, dtype=torch.bool, device=feature.device)
+        mask, entries, outputs = torch.cat([true, *[own] * (steps - 1)], 1), _Entries(), []
+        for step in range(steps):
+            feature = self.midlayer(following(embedding, 1 + step), feature, entries, mask)
+            outputs.append(self.norm(feature))
+        return outputs
+
+    def score(self, step: int, hidden: Tensor) -> Tensor:
+        return self._lm_head(self.lm_head, hidden)
+
+    def public_state(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        scales = state.pop("scales")
+        return {**state, "fc.weight": state["fc.weight"] / scales}
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        nn.init.zeros_(self.linear.weight)  # at first a block changes nothing
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        changed: Tensor = hidden + F.silu(self.linear(hidden))
+        return changed
+
+
+class MedusaHeads(DraftHead):
+    """Head k says the token at a + 2 + k from the target's final hidden state at a alone."""
+
+    def __init__(self, shape: HeadShape, target_rows: Tensor | None) -> None:
+        super().__init__()
+        size, blocks = shape.hidden_size, shape.decoder.num_layers
+        self.own_lm_heads = target_rows is None
+        for head in range(shape.num_heads):
+            layers: list[nn.Module] = [_ResBlock(size) for _ in range(blocks)]
+            layers += [_linear(size, shape.draft_vocab_size)] if self.own_lm_heads else []
+            self.add_module(str(head), nn.ModuleList(layers))
+        self.num_heads, self.blocks = shape.num_heads, blocks
+        self.register_buffer("target_rows", target_rows, persistent=False)
+
+    def head(self, index: int) -> nn.ModuleList:
+        layers = self.get_submodule(str(index))
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def unroll(self, reading: Reading, steps: int) -> list[Tensor]:
+        outputs = []
+        for step in range(min(steps, self.num_heads)):
+            hidden = reading.final.float()
+            for block in list(self.head(step))[: self.blocks]:
+                hidden = block(hidden)
+            outputs.append(hidden)
+        return outputs
+
+    def score(self, step: int, hidden: Tensor) -> Tensor:
+        own = self.head(step)[-1]
+        return self._lm_head(own if isinstance(own, nn.Linear) else None, hidden)
+
+
+class _Layer(nn.Module):
+    """One layer of a Llama model, under its names."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn, self.mlp = _Attention(config, config.hidden_size), _Mlp(config)
+
+    def forward(self) -> LayerWeights:
+        attention, mlp = self.self_attn, self.mlp
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        norms = self.input_layernorm.weight, self.post_attention_layernorm.weight
+        return LayerWeights(norms[0], qkv, attention.o_proj.weight, norms[1], gate_up, mlp.down_proj.weight)
+
+
+class _Body(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        c, positions = self.config, torch.arange(hidden.shape[1], device=hidden.device)
+        waves = rotary_waves(c.inv_freq, c.rotary_scale, positions)
+        for layer in self.layers:
+            hidden = decoder_layer(c, layer(), hidden, waves, None)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+class TinyModel(DraftHead):
+    """A language model of its own but for the embedding and the LM head, which are the target's."""
+
+    def __init__(self, shape: HeadShape, target_rows: Tensor) -> None:
+        super().__init__()
+        self.model = _Body(shape.decoder)
+        self.register_buffer("target_rows", target_rows, persistent=False)
+
+    def unroll(self, reading: Reading, steps: int) -> list[Tensor]:
+        hidden = self.model(reading.embedding.float())
+        return [following(hidden, 1 + step) for step in range(steps)]
+
+    def score(self, step: int, hidden: Tensor) -> Tensor:
+        return self._lm_head(None, hidden)

@@ -1,0 +1,128 @@
+"""What the target is asked: lines of a file, or questions that it thinks of itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flashspec.core import FlashSpecError
+from flashspec.models.tokenizer import Tokenizer
+from flashspec.training.target import Target
+
+Prompt = list[int]
+Continue = Callable[[list[Prompt], int], list[Prompt]]  # (beginnings, most tokens) -> what the target adds, sampled
+MOST_QUESTION_TOKENS = 96
+BARREN = 20  # batches without a question, behind which there will be none
+_MARK = "QUESTION-STANDS-HERE"
+# Half of the questions begin with one of these: left alone, a small model asks about little else than essays.
+_OPENINGS = (
+    "Write a", "Write a Python function that", "How", "What is", "Why", "Explain", "Give me", "List", "Translate",
+    "Rewrite", "Summarize", "Create a", "Compare", "Calculate", "Solve", "Describe", "Imagine", "Who", "Which",
+    "Can you", "Is", "def", "from typing import List\n\n\ndef", "Classify", "Fix the", "Complete the", "Design",
+    "Generate", "Given", "Suppose", "Find", "Edit", "Name", "In the", "Suggest", "If",
+)  # fmt: skip
+
+
+def file_prompts(path: Path, target: Target, longest: int) -> list[Prompt]:
+    """JSON lines with `turns` (the first is taken) or `prompt`, or a prompt a line; as a chat where the target has a
+    template. Prompts of more than `longest` tokens are left out. FlashSpecError where fewer than two are left."""
+    tokenizer = target.loaded.tokenizer
+    if tokenizer is None:
+        raise FlashSpecError(f"{target.loaded.name} has no tokenizer to read {path} with: leave --prompts out")
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashSpecError(f"prompts file {path} cannot be read: {error}") from None
+    texts = dict.fromkeys(_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+    encoded = [_encode(text, tokenizer) for text in texts]
+    kept = [prompt for prompt in encoded if 0 < len(prompt) <= longest]
+    if len(kept) < 2:
+        raise FlashSpecError(
+            f"prompts file {path} holds {len(kept)} different prompts of 1 to {longest} tokens; it takes two: "
+            "one is kept for measuring"
+        )
+    return kept
+
+
+def _text(line: str, where: str) -> str:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        document = json.loads(line)
+        return str(document["turns"][0] if "turns" in document else document["prompt"])
+    except (ValueError, LookupError, TypeError):
+        raise FlashSpecError(f"{where} should be a JSON object with 'turns' or 'prompt'") from None
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> Prompt:
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(text)
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+
+
+def own_prompts(target: Target, write: Continue, rows: int, longest: int, seed: int) -> Iterator[list[Prompt]]:
+    """Batches without end, some of them empty, of prompts that the target writes: questions in the place that its chat
+    template has for the user, or, where there is no template, the beginnings of texts."""
+    tokenizer = target.loaded.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        return _beginnings(target, write, rows, longest, random.Random(seed))
+    return _questions(target, tokenizer, write, rows, longest, random.Random(seed))
+
+
+def _beginnings(
+    target: Target, write: Continue, rows: int, longest: int, chance: random.Random
+) -> Iterator[list[Prompt]]:
+    tokenizer = target.loaded.tokenizer
+    bos = tokenizer.special_tokens.get("bos_token") if tokenizer else None
+    first = tokenizer.backend.token_to_id(bos) if tokenizer and bos else None
+    special = tokenizer.special_ids if tokenizer else frozenset()
+    words = [index for index in range(target.writable_ids) if index not in special]
+    while True:
+        starts = [[chance.choice(words)] if first is None else [first, chance.choice(words)] for _ in range(rows)]
+        count = min(chance.choice((4, 8, 16, 32)), longest - 2)
+        ends = set(target.loaded.eos_token_ids)
+        written = write(starts, count)
+        yield [
+            start + [token for token in added if token not in ends]
+            for start, added in zip(starts, written, strict=True)
+        ]
+
+
+def _questions(
+    target: Target, tokenizer: Tokenizer, write: Continue, rows: int, longest: int, chance: random.Random
+) -> Iterator[list[Prompt]]:
+    rendered = tokenizer.render_chat([{"role": "user", "content": _MARK}])
+    if rendered.count(_MARK) != 1:
+        raise FlashSpecError(f"the chat template of {target.loaded.name} does not show a question once: give --prompts")
+    before = rendered.partition(_MARK)[0]
+    seen: set[str] = set()
+    barren = 0
+    while barren < BARREN:
+        openings = [chance.choice(_OPENINGS) if chance.random() < 0.5 else "" for _ in range(rows)]
+        starts = [tokenizer.encode(before + opening, add_special_tokens=False) for opening in openings]
+        written = write(starts, MOST_QUESTION_TOKENS)
+        prompts = []
+        for opening, added in zip(openings, written, strict=True):
+            question = (opening + tokenizer.decode(added)).strip()
+            ended = bool(added) and added[-1] in target.loaded.eos_token_ids
+            if ended and is_sane(question) and question not in seen:
+                seen.add(question)
+                prompt = _encode(question, tokenizer)
+                prompts += [prompt] if len(prompt) <= longest else []
+        barren = 0 if prompts else barren + 1
+        yield prompts
+    raise FlashSpecError(f"{target.loaded.name} thinks of no question of its own: give it some with --prompts")
+
+
+def is_sane(question: str) -> bool:
+    """Some words, which are not the same one again and again, and no debris of characters."""
+    words = question.split()
+    printable = sum(char.isprintable() or char.isspace() for char in question)
+    return (
+        len(words) >= 3
+        and len(set(words)) >= 0.4 * len(words)
+        and "\ufffd" not in question
+        and printable == len(question)
+    )

@@ -1,0 +1,111 @@
+"""Heads that do not fit, or are not whole: one clear sentence each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import Reciter
+from safetensors.torch import load_file, save_file
+from small_heads import HIDDEN, LAYERS, PART, VOCAB, write_eagle, write_medusa, write_tiny
+from small_models import llama
+
+from flashspec.core import FlashSpecError
+from flashspec.drafters.heads import eagle_layers, is_head, load_head, target_hash
+from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
+from flashspec.models.decoder import Decoder
+from flashspec.models.native import NativeModel, pack
+
+
+def target_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+    model = llama(**{"vocab_size": VOCAB, "num_hidden_layers": LAYERS, **changes})
+    config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
+    return Decoder(config, decoder_weights(config, state, torch.device("cpu"), dtype))
+
+
+def changed(folder: Path, **tensors: torch.Tensor | None) -> Path:
+    """The same head with other tensors; None: without it."""
+    path = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in {**load_file(path), **tensors}.items() if tensor is not None}
+    save_file(kept, path)
+    return folder
+
+
+def refused(folder: Path, says: str, target: Any = None) -> None:
+    with pytest.raises(FlashSpecError, match=says):
+        load_head(folder, target or target_of(), "head")
+
+
+def test_another_targets_head(tmp_path: Path) -> None:
+    head = write_eagle(tmp_path)
+    refused(head, "its vocab_size is 40 and the target's 50", target_of(vocab_size=50))
+    refused(head, "fc.weight has shape .64, 192., but the model's config asks for .64, 96.", target_of(hidden_size=32))
+    head = write_eagle(tmp_path, target_hidden_size=128)
+    refused(head, "its target_hidden_size is 128 and the target's 64")
+    config = {"kind": "eagle3", "target": "some/model", "target_hash": "0" * 64}
+    refused(write_eagle(tmp_path, flashspec=config), "trained for the weights of some/model")
+
+
+def test_the_targets_own_head_fits_in_any_precision(tmp_path: Path) -> None:
+    model = llama(VOCAB, num_hidden_layers=LAYERS)
+    config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
+    name = target_hash(target_of().vocabulary())
+    marks = {"kind": "eagle3", "target": "t", "target_hash": name, "feature_layers": [1, 2, 3]}
+    for target in (target_of(), target_of(torch.bfloat16), NativeModel(config, state, pack(config, state))):
+        head = load_head(write_eagle(tmp_path, flashspec=marks), target, "head").head  # type: ignore[attr-defined]
+        assert head.dtype == target.dtype and head.fusion.layers == (2, 3, 4)
+
+
+def test_what_a_map_may_not_say(tmp_path: Path) -> None:
+    offsets = torch.tensor(PART) - torch.arange(len(PART))
+    far = offsets.clone()
+    far[-1] = 100
+    twice = offsets.clone()
+    twice[1] = twice[0] - 1
+    for wrong in (far, twice):
+        refused(changed(write_eagle(tmp_path), d2t=wrong), "d2t names a token twice, or one outside")
+    refused(changed(write_eagle(tmp_path), d2t=offsets[:-1]), "it maps 23 of 40 tokens, but its config says 24")
+    refused(changed(write_eagle(tmp_path), t2d=torch.zeros(39).bool()), "it maps 24 of 39 tokens")
+
+
+def test_what_is_missing_or_cut_short(tmp_path: Path) -> None:
+    refused(changed(write_eagle(tmp_path), **{"norm.weight": None}), "hold no tensor 'norm.weight'")
+    refused(changed(write_eagle(tmp_path), **{"fc.weight": torch.zeros(HIDDEN, HIDDEN)}), "fc.weight has shape")
+    head = write_eagle(tmp_path)
+    data = (head / "model.safetensors").read_bytes()
+    (head / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(head, "is damaged or cut short")
+    (head / "model.safetensors").unlink()
+    (head / "pytorch_model.bin").write_bytes(b"x")
+    refused(head, "has no model.safetensors; its pickled weights .* are never loaded")
+    refused(write_tiny(tmp_path / "tiny", hidden_size=32), "it has no embedding of its own, and its hidden_size is 32")
+    refused(write_medusa(tmp_path / "none", medusa_num_heads=0), "medusa_num_heads is 0")
+    refused(write_medusa(tmp_path / "more", medusa_num_heads=5), "hold no tensor '4.0.linear.weight'")
+
+
+def test_what_is_not_known(tmp_path: Path) -> None:
+    refused(write_eagle(tmp_path, flashspec={"kind": "hydra"}), "a head of kind 'hydra'; the known ones are eagle3")
+    marks = {"kind": "eagle3", "feature_layers": [0, 1, LAYERS - 1]}
+    refused(write_eagle(tmp_path, flashspec=marks), r"feature_layers is \[0, 1, 6\], and the target's last layer 6")
+    refused(write_eagle(tmp_path), "needs its target's embedding; a Reciter has none", Reciter([1], VOCAB))
+
+
+def test_which_folders_are_heads(tmp_path: Path) -> None:
+    assert is_head(write_eagle(tmp_path / "a")) and is_head(str(write_medusa(tmp_path / "b")))
+    assert is_head(write_eagle(tmp_path / "c", None, architectures=["LlamaForCausalLMEagle3"]))
+    assert not is_head("ngram") and not is_head(tmp_path) and not is_head(None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": None}))
+    assert not is_head(tmp_path)
+
+
+def test_layers_of_shallow_targets_coincide() -> None:
+    assert [eagle_layers(count) for count in (32, 30, 6, 3, 2)] == [
+        (2, 16, 29),
+        (2, 15, 27),
+        (2, 3, 3),
+        (2, 1, 1),
+        (1, 1, 1),
+    ]

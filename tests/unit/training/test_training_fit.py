@@ -1,0 +1,283 @@
+"""From a target to a drafter that the engine takes: it learns, it resumes, it is never half there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import llama
+
+import flashspec.training.fit
+from flashspec.config import FlashSpecConfig, SamplingConfig
+from flashspec.core import FlashSpecError
+from flashspec.drafters.heads import load_head
+from flashspec.engine import SpeculativeEngine
+from flashspec.models.checkpoint import read_json
+from flashspec.training import Kind, Outcome, Settings, train_drafter
+from flashspec.training.card import build_head, head_config
+from flashspec.training.files import read_tensors
+from flashspec.training.measure import Measure, summarise
+from flashspec.training.rollouts import RolloutFolder
+from flashspec.training.target import load_target
+from flashspec.training.vocabulary import DraftVocabulary
+
+SETTINGS = Settings(
+    seconds=60.0,
+    writing_share=0.4,
+    most_tokens=2000,
+    rows=16,
+    length=32,
+    batch_tokens=256,
+    learning_rate=5e-3,
+    measure_every=25.0,
+    unroll=4,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target whose text is easy to guess: its logits are sharp."""
+    path = tmp_path_factory.mktemp("target")
+    model = llama(num_hidden_layers=3, vocab_size=100)
+    model.lm_head.weight.mul_(6.0)
+    model.save_pretrained(path)
+    return path
+
+
+class Steps:
+    """A clock that stands still until training begins, and then goes on by one at every step."""
+
+    def __init__(self, going: bool) -> None:
+        self.going, self._now = going, 0
+
+    def __call__(self) -> float:
+        self._now += self.going
+        return float(self._now)
+
+
+class StopAfter:
+    """Ctrl-C while the so manieth training step is under way."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        return self.left <= 0
+
+    def progress(self, what: str, fraction: float | None) -> None:
+        self.left -= what.startswith("training")
+
+
+def train(source: Path, out: Path, settings: Settings = SETTINGS, **options: Any) -> Outcome:
+    """`seconds` are steps."""
+    clock = Steps(going=(out / "training" / "state.safetensors").exists())
+
+    def begin(measure: Measure) -> None:
+        clock.going = True
+
+    options = {"measured": begin, "clock": clock, **options}
+    return train_drafter(source, out, settings, device="cpu", **options)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, tmp_path: Path, kind: Kind) -> None:
+    outcome = train(source, tmp_path / "head", replace(SETTINGS, kind=kind))
+    assert not outcome.interrupted
+    first, last = outcome.measures[0], outcome.measures[-1]
+    assert last.loss < first.loss - 0.3
+    assert last.length > first.length + 0.2
+
+    target = load_target(source, "cpu")
+    drafter = load_head(tmp_path / "head", target.loaded.model, "head")
+    config = FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0))
+    engine = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"])
+    counts = []
+    texts = RolloutFolder.open(tmp_path / "head" / "training" / "rollouts").load()
+    for index in texts.held_out.nonzero()[:, 0].tolist():
+        start, length = int(texts.starts[index]), int(texts.lengths[index])
+        text = texts.token_ids[texts.offsets[index] : texts.offsets[index + 1]].tolist()
+        result = engine.generate([text[:start]], length - start)
+        assert result.output_ids[0].tolist() == text[start:]
+        accepted = (step.rows[0].accepted for step in result.steps)
+        while start + 4 <= length:
+            counts.append(next(accepted))
+            start += counts[-1] + 1
+    assert summarise(counts, 4)[1] == pytest.approx(last.length, abs=0.1)
+
+
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(source: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, seconds=20.0)
+    train(source, tmp_path / "whole", settings)
+    stop = StopAfter(7)
+    outcome = train(source, tmp_path / "torn", settings, stopped=stop, progress=stop.progress)
+    assert outcome.interrupted
+    with pytest.raises(FlashSpecError, match=r"go on with --resume"):
+        train(source, tmp_path / "torn", settings)
+    assert not train(source, tmp_path / "torn", settings, resume=True).interrupted
+    whole, torn = (read_tensors(tmp_path / name / "training" / "state.safetensors") for name in ("whole", "torn"))
+    assert whole[0].keys() == torn[0].keys()
+    for name, tensor in whole[0].items():
+        assert tensor.equal(torn[0][name]), name
+    for field in ("steps", "seconds", "tokens", "epoch", "place"):
+        assert whole[1]["position"][field] == torn[1]["position"][field]
+
+
+def test_more_time_goes_on_training(source: Path, tmp_path: Path) -> None:
+    short = train(source, tmp_path / "head", replace(SETTINGS, seconds=10.0))
+    longer = train(source, tmp_path / "head", replace(SETTINGS, seconds=40.0), resume=True)
+    assert longer.measures[: len(short.measures)] == short.measures
+    assert longer.measures[-1].tokens > short.measures[-1].tokens
+    assert longer.measures[-1].loss < short.measures[-1].loss
+
+
+def test_the_texts_of_an_earlier_training(source: Path, tmp_path: Path) -> None:
+    train(source, tmp_path / "first", replace(SETTINGS, seconds=3.0))
+    train(source, tmp_path / "second", replace(SETTINGS, seconds=3.0, kind=Kind.MEDUSA), texts=tmp_path / "first")
+    first, second = (RolloutFolder.open(tmp_path / name / "training" / "rollouts") for name in ("first", "second"))
+    assert second.load().token_ids.equal(first.load().token_ids)
+    with pytest.raises(FlashSpecError, match=r"holds no finished texts"):
+        train(source, tmp_path / "third", texts=tmp_path)
+    other = tmp_path / "other"
+    llama(num_hidden_layers=3, vocab_size=101).save_pretrained(other)
+    with pytest.raises(FlashSpecError, match=r"are another target's than"):
+        train(other, tmp_path / "fourth", texts=tmp_path / "first")
+
+
+def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
+    stop = StopAfter(1)
+
+    def progress(what: str, fraction: float | None) -> None:
+        stop.left -= what.startswith("the target writes")
+
+    assert train(source, tmp_path / "head", stopped=stop, progress=progress) == Outcome(
+        tmp_path / "head", Kind.EAGLE3, 0, 0, (), True
+    )
+    assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=5.0), resume=True).interrupted
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "head"
+    train(source, out, replace(SETTINGS, seconds=5.0))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def killed(self: object, path: Path, marks: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(flashspec.training.fit.Fit, "write_state", killed)
+        train(source, out, replace(SETTINGS, seconds=10.0), resume=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert not train(source, out, replace(SETTINGS, seconds=10.0), resume=True).interrupted
+
+
+@pytest.mark.parametrize(("kind", "shares"), [(Kind.EAGLE3, True), (Kind.MEDUSA, True), (Kind.EAGLE3, False)])
+def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares: bool) -> None:
+    settings = replace(
+        SETTINGS, kind=kind, seconds=5.0, draft_vocab=64, shares_lm_head=shares, unroll=3, intermediate_size=32
+    )
+    outcome = train(source, tmp_path / "head", settings)
+    tensors, _ = read_tensors(tmp_path / "head" / "model.safetensors")
+    own = {
+        name for name in tensors if tensors[name].shape == (64, 64) and name.endswith(("lm_head.weight", ".1.weight"))
+    }
+    assert bool(own) is not shares
+    assert tensors["t2d"].shape == (100,)
+    assert tensors["t2d"].sum() == 64
+    assert DraftVocabulary.from_d2t(tensors["d2t"], 100).t2d.equal(tensors["t2d"])
+    assert tensors["d2t"].dtype == torch.int64
+    config = read_json(tmp_path / "head" / "config.json")
+    assert config["draft_vocab_size"] == 64
+    assert config["flashspec"] == {
+        "kind": kind,
+        "target": str(source),
+        "target_hash": load_target(source, "cpu").hash(),
+        "feature_layers": [1, 0, 0],  # of three layers
+        "shares_lm_head": shares,
+    }
+    assert outcome.bytes == (tmp_path / "head" / "model.safetensors").stat().st_size
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "Licence of the target" in card
+    assert f"{outcome.parameters:,} parameters" in card
+    assert f"{outcome.measures[-1].length:.2f}" in card
+
+
+def test_a_head_begins_with_what_the_target_knows(source: Path) -> None:
+    target, vocabulary = load_target(source, "cpu"), DraftVocabulary(torch.arange(64) + 20, 100)  # 64: the width, too
+    rows = target.decoder.weights.lm_head[20:84]
+    for kind in (Kind.EAGLE3, Kind.MEDUSA):
+        config = head_config(target, replace(SETTINGS, kind=kind), 64, [0, 0, 1])
+        weights = build_head(config, target, vocabulary, [1.0, 2.0, 4.0], seed=0).public_state()
+        equal = {name for name, weight in weights.items() if weight.shape == rows.shape and weight.equal(rows)}
+        assert equal == ({"lm_head.weight"} if kind is Kind.EAGLE3 else {f"{head}.1.weight" for head in range(4)})
+        if kind is Kind.EAGLE3:
+            assert weights["fc.weight"][:, 128:].diag().mean() == pytest.approx(0.25, abs=0.01)
+            assert weights["fc.weight"][:, :64].std() == pytest.approx(0.02, rel=0.1)
+            assert weights["fc.weight"][:, 64:128].std() == pytest.approx(0.01, rel=0.1)
+
+
+class TestPlaces:
+    def test_what_a_kill_left_half_written_is_in_nobodys_way(self, source: Path, tmp_path: Path) -> None:
+        debris = tmp_path / "head" / "training" / ".abc.unfinished"
+        debris.parent.mkdir(parents=True)
+        debris.write_text("half")
+        train(source, tmp_path / "head", stopped=StopAfter(0))
+        assert [path.name for path in debris.parent.iterdir()] == ["run.json"]
+
+    def test_another_target(self, source: Path, tmp_path: Path) -> None:
+        stop = StopAfter(0)
+        train(source, tmp_path / "head", stopped=stop)
+        other = tmp_path / "other"
+        model = llama(num_hidden_layers=3, vocab_size=100)
+        model.model.norm.weight.add_(0.5)
+        model.save_pretrained(other)
+        with pytest.raises(FlashSpecError, match=r"with other weights than .*: choose another --out"):
+            train(other, tmp_path / "head", resume=True)
+
+    def test_other_settings(self, source: Path, tmp_path: Path) -> None:
+        train(source, tmp_path / "head", stopped=StopAfter(0))
+        with pytest.raises(ValueError, match=r"seed is 1, but .* was begun with 0"):
+            train(source, tmp_path / "head", replace(SETTINGS, seed=1), resume=True)
+
+    def test_a_file_or_a_strangers_folder(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FlashSpecError, match=r"is a file; it should be a folder"):
+            train(source, tmp_path / "file")
+        with pytest.raises(FlashSpecError, match=r"holds a model of another origin: choose another --out"):
+            train(source, source, resume=True)
+        with pytest.raises(FlashSpecError, match=r"holds other files"):
+            train(source, tmp_path)
+
+    def test_a_state_of_another_shape(self, source: Path, tmp_path: Path) -> None:
+        train(source, tmp_path / "a", replace(SETTINGS, seconds=3.0))
+        train(source, tmp_path / "b", replace(SETTINGS, seconds=3.0, intermediate_size=16))
+        state = Path("training") / "state.safetensors"
+        (tmp_path / "a" / state).write_bytes((tmp_path / "b" / state).read_bytes())
+        with pytest.raises(FlashSpecError, match=r"holds no midlayer.mlp.gate_proj.weight of shape"):
+            train(source, tmp_path / "a", replace(SETTINGS, seconds=9.0), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seconds", 0),
+        ("seconds", float("nan")),
+        ("unroll", 0),
+        ("length", 3),
+        ("coverage", 1.5),
+        ("writing_share", 1.0),
+    ],
+)
+def test_settings_out_of_range_are_named(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        Settings(**{field: value})
+
+
+def test_a_loss_that_is_not_finite_is_a_sentence(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashspec.training.fit, "draft_loss", lambda head, *_: torch.nan * head.fc.weight.sum())
+    with pytest.raises(FlashSpecError, match=r"the loss is nan at step 0: take a smaller learning rate than 0.005"):
+        train(source, tmp_path / "head")
