@@ -71,10 +71,10 @@ def _layer(prefix: str, inputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Norms are around 1, so that none can be left out unnoticed."""
+    """What bfloat16 can hold; norms are around 1, so that none can be left out unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(shape, generator=generator) * 0.2 + name.endswith("norm.weight")
+        name: (torch.randn(shape, generator=generator) * 0.2 + name.endswith("norm.weight")).bfloat16().float()
         for name, shape in shapes.items()
     }
 

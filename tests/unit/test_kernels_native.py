@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import native_build
-from flashspec.kernels.native import FORMATS, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
+from flashspec.kernels.native import FORMATS, NativeDecoder, NativeLayer, NativeShape, PackedLinear, PackedMatrix
 
 needs_compiler = pytest.mark.skipif(not native_build.available(), reason=native_build.why_not() or "built")
 
@@ -337,3 +337,13 @@ def test_a_bad_compiler_is_a_sentence(
     calls = len(compiler.with_suffix(".calls").read_text())
     assert calls == (4 if fails else 1)  # with and without OpenMP, twice; what was built is kept
     assert [path.suffix for path in (fresh_build / "cache").iterdir()] == ([] if fails else [".so"])
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 32, 64), (3, 70, 100), (70, 33, 31)])
+def test_a_packed_product(shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    weight, x = torch.randn(outputs, inputs), torch.randn(1, rows, inputs)
+    torch.testing.assert_close(PackedLinear(weight)(x), x @ weight.bfloat16().float().T, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="hidden should be"):
+        PackedLinear(weight)(x.double())

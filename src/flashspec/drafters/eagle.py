@@ -11,12 +11,15 @@ from torch import Tensor
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.chain import with_features, write_chain
+from flashspec.kernels import native_build
+from flashspec.kernels.native import PackedLinear
 from flashspec.models.base import Features, KVCache
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 from flashspec.models.reader import Reader
 
 # Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price.
 WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 9
+MOST_PACKED = 64  # tokens that the native kernel takes in one pass; with more PyTorch multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,11 @@ class EagleHead(Decoder):
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, fusion: Fusion) -> None:
         super().__init__(config, weights)
         self.fusion = fusion
+        self._packed = self._pack() if self.device.type == "cpu" and native_build.available() else {}
 
     def fuse(self, features: Features, slots: Tensor) -> Tensor:
         """The target's hidden states of slots (B, Q) as the layer takes them, (B, Q, hidden)."""
-        return F.linear(features.at(self.fusion.layers, slots), self.fusion.fc)
+        return self._linear(features.at(self.fusion.layers, slots), self.fusion.fc)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tensor:
         """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, what this gave for the slot
@@ -51,12 +55,26 @@ class EagleHead(Decoder):
         both = torch.cat([embedded, self._norm(hidden, self.fusion.hidden_norm)], -1)  # (B, Q, 2 hidden)
         queries = self._write(layer, both, self._places(slots), keys, values)
         attended = self._attend(queries, keys[:, :, :bound], values[:, :, :bound], self._mask(slots, bound, None))
-        hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
+        hidden = hidden + self._linear(attended, layer.output, layer.output_bias)
         return hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., V') float32."""
         return super().logits(self._norm(hidden, self.weights.final_norm))
+
+    def _pack(self) -> dict[int, PackedLinear]:
+        """By the weight's id: its matrices in bfloat16, which public heads are stored in, for the native kernel. An LM
+        head of the whole vocabulary is most often the target's own tensor, and stays as it is."""
+        layer, lm_head = self.weights.layers[0], self.weights.lm_head
+        matrices = [self.fusion.fc, layer.qkv, layer.output, layer.gate_up, layer.down]
+        matrices += [lm_head] if len(lm_head) < self.vocab_size else []
+        return {id(matrix): PackedLinear(matrix) for matrix in matrices if self.dtype == torch.float32}
+
+    def _linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        packed = self._packed.get(id(weight))
+        if packed is None or hidden.numel() > MOST_PACKED * hidden.shape[-1]:
+            return super()._linear(hidden, weight, bias)
+        return packed(hidden) if bias is None else packed(hidden) + bias
 
 
 class HeadReader(Reader):

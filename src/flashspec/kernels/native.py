@@ -170,6 +170,31 @@ class _Model(ctypes.Structure):
     )
 
 
+class PackedLinear:
+    """x (..., K) float32 -> x W^T (..., N) float32 on this CPU, for a weight (N, K) that is held in bfloat16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        packed = PackedMatrix.from_tensor(weight.bfloat16())
+        self._data, self._library = packed.data, library()
+        matrix = _Matrix(packed.data.data_ptr(), packed.rows, packed.columns, FORMATS.index(packed.format))
+        self._model = _Model(lm_head=matrix)  # the LM head is a product like any other
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _multiply(self._library, self._model, x)
+
+
+def _multiply(native: ctypes.CDLL, model: _Model, x: Tensor) -> Tensor:
+    rows, columns = model.lm_head.rows, model.lm_head.columns
+    if x.shape[-1] != columns or x.dtype != torch.float32:
+        raise ValueError(f"hidden should be (..., {columns}) float32: got {tuple(x.shape)} {x.dtype}")
+    x = x.contiguous()
+    out = torch.empty(*x.shape[:-1], rows)
+    count = x.numel() // columns
+    if native.flashspec_logits(ctypes.byref(model), x.data_ptr(), count, out.data_ptr(), torch.get_num_threads()):
+        raise MemoryError("no memory for the forward's buffers")
+    return out
+
+
 class NativeDecoder:
     """A Llama-family decoder (RMSNorm, half-split rotary embedding, grouped-query attention, SwiGLU) on this CPU.
 
@@ -309,19 +334,4 @@ class NativeDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., H) float32 -> (..., V) float32."""
-        if hidden.shape[-1] != self.shape.hidden_size or hidden.dtype != torch.float32:
-            raise ValueError(
-                f"hidden should be (..., {self.shape.hidden_size}) float32: got {tuple(hidden.shape)} {hidden.dtype}"
-            )
-        hidden = hidden.contiguous()
-        logits = torch.empty(*hidden.shape[:-1], self.shape.vocab_size)
-        fault = self._library.flashspec_logits(
-            ctypes.byref(self._model),
-            hidden.data_ptr(),
-            hidden.numel() // self.shape.hidden_size,
-            logits.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if fault:
-            raise MemoryError("no memory for the forward's buffers")
-        return logits
+        return _multiply(self._library, self._model, hidden)

@@ -137,7 +137,7 @@ class Decoder:
             queries = self._write(layer, normed, places, cache.keys[index], cache.values[index])
             keys, values = cache.keys[index, :, :, :bound], cache.values[index, :, :, :bound]
             attended = self._attend(queries, keys, values, masks[self.config.windows[index]])
-            hidden = hidden + F.linear(attended, layer.output, layer.output_bias)
+            hidden = hidden + self._linear(attended, layer.output, layer.output_bias)
             hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
         hidden = self._norm(hidden, self.weights.final_norm)
         if features is not None:
@@ -147,7 +147,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         if self._few_tokens is not None:
             return self._few_tokens.logits(hidden)
-        return F.linear(hidden, self.weights.lm_head).float()
+        return self._linear(hidden, self.weights.lm_head).float()
 
     def _places(self, positions: Tensor) -> _Places:
         rows = torch.arange(positions.shape[0], device=self.device)[:, None]
@@ -164,13 +164,16 @@ class Decoder:
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, -torch.inf)
         return mask.repeat(1, self.config.group_size, 1)[:, None]
 
+    def _linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(hidden, weight, bias)
+
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.config.norm_eps)
 
     def _write(self, layer: LayerWeights, hidden: Tensor, places: _Places, keys: Tensor, values: Tensor) -> Tensor:
         """Put a layer's new keys and values into its cache, (B, K, capacity, D); returns queries (B, Q, H, D)."""
         c = self.config
-        heads = F.linear(hidden, layer.qkv, layer.qkv_bias)
+        heads = self._linear(hidden, layer.qkv, layer.qkv_bias)
         heads = heads.view(*hidden.shape[:2], -1, c.head_dim)  # (B, Q, H + 2K, D)
         rotated, new_values = heads.tensor_split((c.num_heads + c.num_kv_heads,), dim=2)
         if layer.qk_norm is not None:
@@ -192,8 +195,8 @@ class Decoder:
         return attended.view(batch, -1, self.config.group_size, length, head_dim).permute(0, 3, 1, 2, 4).flatten(2)
 
     def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(hidden, layer.gate_up).chunk(2, dim=-1)  # (B, Q, I)
-        return F.linear(F.silu(gate) * up, layer.down)
+        gate, up = self._linear(hidden, layer.gate_up).chunk(2, dim=-1)  # (B, Q, I)
+        return self._linear(F.silu(gate) * up, layer.down)
 
 
 def empty_cache(

@@ -20,6 +20,7 @@ from flashspec.drafters.ngram import NgramDrafter
 from flashspec.engine.outcome import HEAD, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import step
+from flashspec.kernels import native_build
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
 from flashspec.sampling.sampler import make_sampler
 
@@ -38,7 +39,8 @@ SETTINGS = {
 
 
 @pytest.fixture(autouse=True)
-def fake_mode() -> Iterator[None]:
+def fake_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native_build, "available", lambda: False)  # C++ reads values
     with torch.inference_mode(), FakeTensorMode():
         yield
 
