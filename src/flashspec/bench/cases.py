@@ -129,7 +129,6 @@ def _attention(shape: Shape, batch_size: int, tokens: int, grid: Grid) -> Case:
     places = torch.arange(grid.context - tokens, grid.context, device=filler.device)  # (Q,)
     positions = places.expand(batch_size, -1).contiguous()
     mask = torch.arange(grid.context, device=filler.device) <= places[:, None]  # (Q, context)
-    upcoming = filler.matrix(shape.hidden_size, heads * dim)
     attend = _decoder_kernels(filler.device)[1]
     return Case(
         kernel="attention",
@@ -137,7 +136,7 @@ def _attention(shape: Shape, batch_size: int, tokens: int, grid: Grid) -> Case:
         | {"dtype": "bfloat16"},
         n_bytes=n_bytes,
         sets=len(caches),
-        ours=lambda index: attend(qkv, waves, positions, *caches[index], None, -1.0, None, upcoming),
+        ours=lambda index: attend(qkv, waves, positions, *caches[index], None, -1.0, None),
         baselines={
             "pytorch": lambda index: functional.scaled_dot_product_attention(
                 queries, caches[index][0], caches[index][1], attn_mask=mask, enable_gqa=True
