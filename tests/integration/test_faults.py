@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding import EVERY_ARM, decode, engine_of, every_drafter, open_run
+from decoding import EVERY_ARM, TakingTurns, decode, engine_of, every_drafter, open_run
 from fakes import MarkovModel, ScriptedDrafter, greedy_text
 
 from flashspec.core import Draft
@@ -245,3 +245,52 @@ def test_scripted_drafts_that_are_empty_cost_nothing_but_time() -> None:
     records = [output.record for output in run]
     assert [record.emitted for record in records] == [3] * 6
     assert all(record.drafted == 0 for record in records)
+
+
+class Offering(Drafter):
+    """Always proposes the same, however much it was asked for."""
+
+    name = "offering"
+
+    def __init__(self, proposal: list[int]) -> None:
+        self.proposal = proposal
+
+    def start(self, context: DraftContext) -> Proposer:
+        draft = Draft(torch.tensor([self.proposal]), torch.tensor([len(self.proposal)]))
+
+        class Offers(Proposer):
+            def propose(self, context: DraftContext, length: int) -> Draft:
+                return draft
+
+        return Offers()
+
+
+@pytest.mark.parametrize(("proposal", "message"), [([99], "ids outside the vocabulary of 7"), ([1] * 4, "4 columns")])
+def test_a_draft_that_cannot_be_scored_costs_the_drafter_its_place(proposal: list[int], message: str) -> None:
+    target = MarkovModel.random(7, seed=11)
+    with pytest.warns(RuntimeWarning, match=message):
+        found = decode(target, [[1, 2]], ["plain", "offering:3"], {"offering": Offering(proposal)}, 20, temperature=0)
+    assert found == [greedy_text(target, [1, 2], 20)]
+
+
+def test_who_sits_out_reads_no_more_than_the_text_when_it_comes_back() -> None:
+    """With feedback a step late the host first counts the width of a draft, then what was emitted."""
+    target = MarkovModel.random(7, seed=11)
+    read: list[int] = []
+
+    class Counting(MarkovModel):
+        def forward(self, token_ids, *arguments, **options):  # type: ignore[no-untyped-def]
+            read.append(token_ids.shape[1])
+            return super().forward(token_ids, *arguments, **options)
+
+    class RarelyTheModel(TakingTurns):
+        def _choose(self, arms):  # type: ignore[no-untyped-def]
+            return int(self._n_selected % 20 == 19)
+
+    drafters = {"scripted": ScriptedDrafter(lambda text, n: [0] * n), "near": ModelDrafter(Counting(target.table))}
+    arms = ["scripted:8", "near:2"]
+    run = open_run(target, [[1, 2]], arms, drafters, 200, lag=1, selector=RarelyTheModel(2), temperature=0)
+    for _ in run:
+        pass
+    assert run.state.texts[0][2:] == greedy_text(target, [1, 2], 200)
+    assert sum(read) < 300

@@ -108,9 +108,10 @@ class HeadReader(Reader):
     def restart(self, bound: int, kept: int = 0) -> None:
         super().restart(bound, max(kept - 1, 0))  # the last slot kept knows the token after it
 
-    def advance(self, emitted: int) -> None:
+    def advance(self, emitted: int) -> bool:
         self.stale = emitted if self._takes_part else self.stale + emitted
         self._takes_part = False
+        return True
 
 
 class EagleDrafter(Drafter):

@@ -54,7 +54,7 @@ def default_arms(drafters: dict[str, Drafter]) -> list[Arm]:
 
 
 def check_arms(arms: Sequence[Arm], drafters: dict[str, Drafter]) -> list[Arm]:
-    """ValueError where an arm names no drafter, or is too long for it."""
+    """ValueError where an arm names no drafter, or drafts more than 64 tokens."""
     if not arms:
         raise ValueError("arms is empty; name at least one, for example 'plain'")
     for arm in arms:

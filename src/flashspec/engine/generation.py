@@ -72,6 +72,10 @@ class Generation:
                 with suppress(GeneratorExit):  # left between two steps: what was read until then is sound
                     yield from self._follow(run, started)
                 self._end(run)
+            except BaseException:
+                if run.workspace is not None:
+                    run.workspace.wipe()
+                raise
             finally:
                 run.close()
 
@@ -117,7 +121,8 @@ class Generation:
     def _end(self, run: Run) -> None:
         texts = run.state.texts[: len(self.prompts)]
         if run.workspace is not None:
-            run.workspace.release(bool(run.broken))
+            if run.broken or any(row.finish is FinishReason.ERROR for row in self.rows):
+                run.workspace.wipe()
         elif self.memory is not None:  # a drafter that failed may have left its cache half written
             self.memory.keep(texts[0], run.state.readers[:1] if run.broken else run.state.readers)
         for drafter in self.engine.drafters.values():

@@ -19,6 +19,7 @@ from flashspec.engine.outcome import Letter, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import step
 from flashspec.engine.workspace import Workspace
+from flashspec.models.reader import Reader
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class _Flight:
     arm_index: int | None
     arm: Arm
     width: int  # the most tokens that a row may have grown by
+    counted: set[Reader]  # whose `stale` holds the width
     letter: Letter
     started: float
     active: list[bool]
@@ -66,7 +68,18 @@ class _Guarded(Proposer):
 
     def propose(self, context: DraftContext, length: int) -> Draft:
         with _blaming_the_drafter():
-            return self.inner.propose(context, length)
+            draft = self.inner.propose(context, length)
+            _check(draft, length, context.target.model.vocab_size)
+            return draft
+
+
+def _check(draft: Draft, length: int, vocab_size: int) -> None:
+    """ValueError for a draft that is too wide and, where reading it is free, for ids outside the vocabulary."""
+    ids = draft.token_ids
+    if ids.shape[1] > length:
+        raise ValueError(f"its draft has {ids.shape[1]} columns; it was asked for {length}")
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"its draft holds ids outside the vocabulary of {vocab_size}")
 
 
 @contextmanager
@@ -124,7 +137,7 @@ class Run:
 
     @torch.inference_mode()
     def cancel(self, row: int, reason: FinishReason) -> None:
-        """End a row from the host: a stop string, or a caller who left."""
+        """End a row from the host, as a stop string does."""
         self.state.active[row] = False
         self.state.finish[row] = int(reason)
 
@@ -139,10 +152,11 @@ class Run:
             self._quarantine(arm.drafter, str(failure))
             arm_index, arm = None, PLAIN
             outcome = self._attempt(arm)
+        counted: set[Reader] = set()
         if self.lag:
-            self._advance(outcome.width)
+            counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
-        return _Flight(arm_index, arm, outcome.width, outcome.post(), started, list(state.active))
+        return _Flight(arm_index, arm, outcome.width, counted, outcome.post(), started, list(state.active))
 
     def _choose(self) -> int | None:
         if all(self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -162,9 +176,12 @@ class Run:
         drafter = self.drafters[name]
         return drafter.start(self.state) if self.workspace is None else self.workspace.proposer(name, drafter)
 
-    def _advance(self, emitted: int) -> None:
-        for reader in self.state.readers:
-            reader.advance(emitted)
+    def _advance(self, emitted: int) -> set[Reader]:
+        """Note a step at every reader; returns those whose `stale` counts it."""
+        up_to_date = {reader for reader in self.state.readers if reader.takes_part}
+        for flight in self.flights:
+            flight.counted -= up_to_date
+        return {reader for reader in self.state.readers if reader.advance(emitted)}
 
     def _quarantine(self, drafter: str, reason: str) -> None:
         if drafter in self.broken:
@@ -195,17 +212,20 @@ class Run:
                 outputs.append(RowOutput(row, news.token_ids, news.finish, news.logprobs))
                 state.active[row] = news.finish is FinishReason.RUNNING
         record = StepRecord(flight.arm, tuple(steps), seconds)
-        self._settle(flight, record)
+        self._settle(flight, record, max(len(news.token_ids) for news in fetched))
         if any(news.faulty for news in fetched):
             self._quarantine(flight.arm.drafter, "its draft held NaN or an id outside the vocabulary")
         return StepOutput(record, outputs)
 
-    def _settle(self, flight: _Flight, record: StepRecord) -> None:
+    def _settle(self, flight: _Flight, record: StepRecord, grown: int) -> None:
+        """grown: how many tokens the step added to a row at the most."""
         state = self.state
         ahead = sum(flight.width for flight in self.flights)
         state.bound = min(max(map(len, state.texts)) + ahead, state.capacity)
         if not self.lag:
-            self._advance(max((row.emitted for row in record.rows), default=0))
+            self._advance(grown)
+        for reader in flight.counted:
+            reader.stale -= flight.width - grown
         if flight.arm_index is not None:
             pairs = [(row.drafted, row.accepted) for row in record.rows]
             self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)

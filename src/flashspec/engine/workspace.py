@@ -79,9 +79,13 @@ class Workspace:
         state.admit(prompts, limits, stop_ids, known, num_logprobs, token_cost, memory)
         return state
 
-    def release(self, broken: bool) -> None:
-        """The batch is over. broken: a drafter failed, and may have left its cache half written."""
-        for reader in self.state.readers[1:] if broken else ():
+    @torch.inference_mode()
+    def wipe(self) -> None:
+        """Forget what a batch left behind that failed somewhere: half a cache, or one with NaN in it, which no mask
+        hides, since 0 times NaN is NaN."""
+        for reader in self.state.readers:
+            reader.cache.keys.zero_()
+            reader.cache.values.zero_()
             reader.stale = self.state.bound
 
     def proposer(self, name: str, drafter: Drafter) -> Proposer:
@@ -107,17 +111,22 @@ class Workspace:
         rows, longest = len(self.state.tokens), 0
         for each in self.drafters.values():  # before a graph holds where they are
             self.state.record_features(each.feature_layers)
-        self.state.prepare()
-        for arm in (PLAIN, *self.arms):
+        for _ in range(2):
+            self.state.target.stale = 1  # catching up is captured too
+            self.state.prepare()
+            self.take(PLAIN, NoDraft(), on_host=False)
+        for arm in self.arms:
             drafter = self.drafters[arm.drafter] if arm.length else None
-            if drafter is not None and drafter.on_host:
+            if drafter is None:
+                continue
+            if drafter.on_host:
                 longest = max(longest, arm.length)
                 continue
             with suppress(Exception):  # a drafter that fails will say so to the request that asks for it
-                proposer = NoDraft() if drafter is None else self.proposer(arm.drafter, drafter)
+                proposer = self.proposer(arm.drafter, drafter)
                 for _ in range(2):
                     for reader in self.state.readers[1:]:
-                        reader.stale = reader.lag + 1  # catching up is captured too
+                        reader.stale = reader.lag + 1
                     self.take(arm, proposer, on_host=False)
         for width in WIDTHS[1 : WIDTHS.index(round_up(longest)) + 1]:
             for _ in range(2):
@@ -197,11 +206,11 @@ class Workspaces:
             min(power_of_two(max(capacity, 1024)), self.model.max_context),
             4 * max(1, -(-num_stops // 4)),
         )
-        found = self._kept.pop(size, None) or Workspace(self.model, self.arms, self.drafters, size, self.capture)
+        found = self._kept.pop(size, None)
         while len(self._kept) >= self.MOST:
             del self._kept[next(iter(self._kept))]
-        self._kept[size] = found
-        return found
+        self._kept[size] = found or Workspace(self.model, self.arms, self.drafters, size, self.capture)
+        return self._kept[size]
 
 
 def power_of_two(number: int) -> int:

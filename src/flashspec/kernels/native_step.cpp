@@ -3,7 +3,7 @@
 
 namespace {
 
-enum Finish { RUNNING, STOP, LENGTH, FAULT };  // core.FinishReason
+enum Finish { RUNNING, STOP, LENGTH, FAILED };  // what core.FinishReason calls ERROR is FAILED here
 constexpr Index HEAD = 5;                      // drafted, accepted, emitted, finish, faulty
 
 struct Step {
@@ -38,7 +38,7 @@ void commit_row(const Step& s, Index row) {
   if (growing)
     end = stopped ? STOP : grown >= s.limits[row] ? LENGTH : RUNNING;
   else if (running)
-    end = FAULT;
+    end = FAILED;
   packed[0] = end == RUNNING ? s.draft_lengths[row] : std::min(s.draft_lengths[row], count);
   packed[1] = std::min(accepted, count);
   packed[2] = count;

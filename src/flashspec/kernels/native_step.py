@@ -10,14 +10,14 @@ from torch import Tensor
 from flashspec.kernels.native_build import library
 from flashspec.kernels.reference_fused import HEAD
 
-_READ = ("token_ids", "draft_lengths", "num_accepted", "next_token", "failed", "faulty")
-_WRITTEN = ("tokens", "lengths", "limits", "finish", "stop_ids", "cached", "packed")
+_STEP = ("token_ids", "draft_lengths", "num_accepted", "next_token", "failed", "faulty")
+_STATE = ("tokens", "lengths", "limits", "finish", "stop_ids", "cached", "packed")
 _SIZES = ("batch", "gamma", "tokens_stride", "num_stops", "num_readers")
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _READ + _WRITTEN),
+        *((name, ctypes.c_void_p) for name in _STEP + _STATE),
         *((name, ctypes.c_int64) for name in _SIZES),
     )
 

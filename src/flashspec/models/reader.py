@@ -92,7 +92,13 @@ class Reader:
         """Count in a tensor (B,) int64 of somebody else's from now on."""
         self.cached = cached.copy_(self.cached)
 
-    def advance(self, emitted: int) -> None:
-        """The host's note that a step ended, in which no row grew by more than `emitted` tokens."""
-        self.stale = self.lag if self._takes_part else self.stale + emitted
-        self._takes_part = False
+    @property
+    def takes_part(self) -> bool:
+        return self._takes_part
+
+    def advance(self, emitted: int) -> bool:
+        """The host's note that a step ended, in which no row grew by more than `emitted` tokens; whether `stale` counts
+        them, so that it can be put right when the host knows better."""
+        took_part, self._takes_part = self._takes_part, False
+        self.stale = self.lag if took_part else self.stale + emitted
+        return not took_part

@@ -42,7 +42,7 @@ class Position:
 
 
 class Fit:
-    """One drafter on its way. seconds: of training alone. saved: called with the measures whenever they grow."""
+    """One drafter on its way. seconds: of training alone."""
 
     def __init__(
         self,

@@ -199,6 +199,17 @@ def test_a_drafter_that_fails_is_set_aside() -> None:
     assert found == [greedy_text(TARGET, prompt, 25) for prompt in PROMPTS]
 
 
+def test_what_a_failed_batch_left_behind_is_wiped() -> None:
+    poisoned = MarkovModel(TARGET.table.clone(), 2000)
+    poisoned.table[1, 2] = float("nan")  # PROMPTS[0] meets it, PROMPTS[1] does not
+    engine, _ = engine_of(("plain", "model:2"))
+    engine.target = engine.workspaces.model = poisoned
+    assert engine.generate([[1, 2]], 10).finish_reasons == ["error"]
+    (workspace,) = engine.workspaces._kept.values()
+    assert all((reader.cache.keys == 0).all() for reader in workspace.state.readers)
+    assert rows(engine.generate([[4]], 1)) == [greedy_text(TARGET, [4], 1)]
+
+
 def test_the_least_recently_used_workspace_goes_first() -> None:
     engine, _ = engine_of(("plain",))
     spaces = engine.workspaces
