@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,9 @@ import tokenizers
 import torch
 import transformers as tf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -130,3 +134,24 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def decoder_of(c: DecoderConfig, normal: Callable[..., Tensor]) -> Decoder:
+    """A decoder of any shape whose weights come from normal(*size); norms are around 1."""
+    width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    layers = tuple(
+        LayerWeights(
+            attention_norm=1 + normal(c.hidden_size),
+            qkv=normal(width, c.hidden_size),
+            output=normal(c.hidden_size, c.num_heads * c.head_dim),
+            mlp_norm=1 + normal(c.hidden_size),
+            gate_up=normal(2 * c.intermediate_size, c.hidden_size),
+            down=normal(c.hidden_size, c.intermediate_size),
+            qkv_bias=normal(width) if c.qkv_bias else None,
+            output_bias=normal(c.hidden_size) if c.output_bias else None,
+            qk_norm=1 + normal(c.num_heads + c.num_kv_heads, c.head_dim) if c.qk_norm else None,
+        )
+        for _ in c.windows
+    )
+    embedding = normal(c.vocab_size, c.hidden_size)
+    return Decoder(c, DecoderWeights(embedding, layers, 1 + normal(c.hidden_size), normal(c.vocab_size, c.hidden_size)))

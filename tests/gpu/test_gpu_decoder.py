@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import decoder_of
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():
 
 from flashspec.kernels import decoding
 from flashspec.models.base import KVCache
-from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
+from flashspec.models.decoder import Decoder, DecoderConfig
 
 if not decoding.available(torch.device("cuda", 0)):
     pytest.skip("needs compute capability 8.0 and Triton", allow_module_level=True)
@@ -50,23 +51,7 @@ def build(shape: dict, dtype: torch.dtype) -> Decoder:
     def normal(*size: int) -> Tensor:
         return (torch.randn(*size, generator=generator, device="cuda") * 0.08).to(dtype)
 
-    width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    layers = tuple(
-        LayerWeights(
-            attention_norm=1 + normal(c.hidden_size),
-            qkv=normal(width, c.hidden_size),
-            output=normal(c.hidden_size, c.num_heads * c.head_dim),
-            mlp_norm=1 + normal(c.hidden_size),
-            gate_up=normal(2 * c.intermediate_size, c.hidden_size),
-            down=normal(c.hidden_size, c.intermediate_size),
-            qkv_bias=normal(width) if c.qkv_bias else None,
-            output_bias=normal(c.hidden_size) if c.output_bias else None,
-            qk_norm=1 + normal(c.num_heads + c.num_kv_heads, c.head_dim) if c.qk_norm else None,
-        )
-        for _ in c.windows
-    )
-    embedding = normal(c.vocab_size, c.hidden_size)
-    return Decoder(c, DecoderWeights(embedding, layers, 1 + normal(c.hidden_size), normal(c.vocab_size, c.hidden_size)))
+    return decoder_of(c, normal)
 
 
 class Texts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import decoder_of
 
 from flashspec.kernels import TRITON_AVAILABLE
 from flashspec.models.base import KVCache
-from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
+from flashspec.models.decoder import Decoder, DecoderConfig
 
 if not TRITON_AVAILABLE:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -39,23 +40,7 @@ def decoder(c: DecoderConfig) -> Decoder:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.3
 
-    width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    layers = tuple(
-        LayerWeights(
-            attention_norm=1 + normal(c.hidden_size),
-            qkv=normal(width, c.hidden_size),
-            output=normal(c.hidden_size, c.num_heads * c.head_dim),
-            mlp_norm=1 + normal(c.hidden_size),
-            gate_up=normal(2 * c.intermediate_size, c.hidden_size),
-            down=normal(c.hidden_size, c.intermediate_size),
-            qkv_bias=normal(width) if c.qkv_bias else None,
-            output_bias=normal(c.hidden_size) if c.output_bias else None,
-            qk_norm=1 + normal(c.num_heads + c.num_kv_heads, c.head_dim) if c.qk_norm else None,
-        )
-        for _ in c.windows
-    )
-    embedding = normal(c.vocab_size, c.hidden_size)
-    return Decoder(c, DecoderWeights(embedding, layers, 1 + normal(c.hidden_size), normal(c.vocab_size, c.hidden_size)))
+    return decoder_of(c, normal)
 
 
 @CPU_ONLY

@@ -99,9 +99,7 @@ def _encode(prompt: str, setup: Setup) -> list[int]:
     tokenizer = setup.loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"target {setup.loaded.name} has no tokenizer: end-to-end benchmarks need one")
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(prompt)
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    return tokenizer.encode_question(prompt)
 
 
 def summarise(

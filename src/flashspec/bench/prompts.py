@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashspec.core import FlashSpecError
+from flashspec.engine.prompts import read_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,28 +18,14 @@ class PromptSet:
 
 
 def load_prompts(path: Path, limit: int | None = None) -> PromptSet:
-    """JSON lines with `turns` (the first is taken) or `prompt`; anything else is one prompt a line. A limit takes
-    prompts spread evenly over the file, so that every category of it is seen."""
-    try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlashSpecError(f"prompts file {path} cannot be read: {error}") from None
-    prompts = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    """The prompts that `read_prompts` finds. A limit takes prompts spread evenly over the file, so that every category
+    of it is seen."""
+    prompts = read_prompts(path)
     if not prompts:
         raise FlashSpecError(f"prompts file {path} holds no prompt")
     if limit is not None and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
     return PromptSet(path.stem, tuple(prompts))
-
-
-def _prompt(line: str, where: str) -> str:
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        document = json.loads(line)
-        return str(document["turns"][0] if "turns" in document else document["prompt"])
-    except (ValueError, LookupError, TypeError):
-        raise FlashSpecError(f"{where} should be a JSON object with 'turns' or 'prompt'") from None
 
 
 SMALL = PromptSet(

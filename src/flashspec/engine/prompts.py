@@ -1,12 +1,15 @@
-"""What a caller may pass as a prompt, as rows of token ids."""
+"""What a caller may pass as a prompt, as rows of token ids; prompts from files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flashspec.core import FlashSpecError
 from flashspec.models.base import LanguageModel
 from flashspec.models.tokenizer import Tokenizer
 
@@ -51,3 +54,23 @@ def _token_rows(prompt: Prompt, tokenizer: Tokenizer | None) -> list[list[int]]:
     if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
         return [tokenizer.apply_chat_template(items)]
     raise ValueError("prompt should be text, a list of texts, messages with 'role' and 'content', or token ids")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A file's prompts: JSON lines with `turns` (the first is taken) or `prompt`; anything else is one prompt a line.
+    FlashSpecError where it cannot be read."""
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashSpecError(f"prompts file {path} cannot be read: {error}") from None
+    return [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _prompt(line: str, where: str) -> str:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        document = json.loads(line)
+        return str(document["turns"][0] if "turns" in document else document["prompt"])
+    except (ValueError, LookupError, TypeError):
+        raise FlashSpecError(f"{where} should be a JSON object with 'turns' or 'prompt'") from None

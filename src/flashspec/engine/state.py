@@ -154,8 +154,9 @@ class DecodeState:
         """Have a model read what it has not seen of the text."""
         if self.capture is None or reader.stale > 8 * CHUNK:
             reader.catch_up(self.tokens, self.lengths, self.bound)
+            return
         reader.joins_step()
-        while self.capture is not None and reader.stale > reader.lag:
+        while reader.stale > reader.lag:
             self.capture(
                 f"catch up {self.readers.index(reader)}",
                 lambda: reader.read_on(self.tokens, self.lengths, self.bound, CHUNK),

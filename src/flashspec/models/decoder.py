@@ -178,7 +178,7 @@ class Decoder:
         rotated, new_values = heads.tensor_split((c.num_heads + c.num_kv_heads,), dim=2)
         if layer.qk_norm is not None:
             rotated = F.rms_norm(rotated, (c.head_dim,), eps=c.norm_eps) * layer.qk_norm
-        queries, new_keys = _rotate(rotated, places.cos, places.sin).tensor_split((c.num_heads,), dim=2)
+        queries, new_keys = rotate(rotated, places.cos, places.sin).tensor_split((c.num_heads,), dim=2)
         keys.transpose(1, 2).index_put_((places.rows, places.positions), new_keys)
         values.transpose(1, 2).index_put_((places.rows, places.positions), new_values)
         return queries
@@ -206,7 +206,7 @@ def empty_cache(
     return KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads (B, Q, heads, D), first half against second half, by cos, sin (B, Q, 1, D / 2)."""
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -64,6 +64,12 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def encode_question(self, text: str) -> list[int]:
+        """As a chat that begins with it where there is a chat template, else as it is."""
+        if self.chat_template is None:
+            return self.encode(text)
+        return self.apply_chat_template([{"role": "user", "content": text}])
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashspec.models.decoder import DecoderConfig, LayerWeights
 from flashspec.training.features import Reading
-from flashspec.training.layers import attend, decoder_layer, rotary_waves, rotate
+from flashspec.training.layers import attend, decoder_layer, rotary_waves, rotated
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +124,10 @@ class _Midlayer(nn.Module):
         )
         positions = torch.arange(step, step + feature.shape[1], device=feature.device)
         waves = rotary_waves(c.inv_freq, c.rotary_scale, positions)
-        entries.keys.append(rotate(keys, waves))
+        entries.keys.append(rotated(keys, waves))
         entries.values.append(values)
         keys, values = torch.cat(entries.keys, 1), torch.cat(entries.values, 1)  # (B, (step + 1) T, K, D)
-        mixed = attend(rotate(queries, waves), keys, values, mask[:, : keys.shape[1]])
+        mixed = attend(rotated(queries, waves), keys, values, mask[:, : keys.shape[1]])
         hidden: Tensor = feature + attention.o_proj(mixed)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output

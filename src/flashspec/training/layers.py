@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.models.decoder import DecoderConfig, LayerWeights
+from flashspec.models.decoder import DecoderConfig, LayerWeights, rotate
 
 Waves = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D / 2) float32
 
@@ -19,11 +19,10 @@ def rotary_waves(inv_freq: Sequence[float], scale: float, positions: Tensor) -> 
     return angles.cos() * scale, angles.sin() * scale
 
 
-def rotate(heads: Tensor, waves: Waves) -> Tensor:
-    """heads (B, T, heads, D), first half against second half."""
+def rotated(heads: Tensor, waves: Waves) -> Tensor:
+    """heads (B, T, heads, D), in their own dtype."""
     cos, sin = (wave.to(heads.dtype) for wave in waves)
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotate(heads, cos, sin)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -45,10 +44,10 @@ def decoder_layer(
     c = config
     normed = F.rms_norm(hidden, layer.attention_norm.shape, layer.attention_norm, c.norm_eps)
     heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(*hidden.shape[:2], -1, c.head_dim)  # (B, T, H + 2K, D)
-    rotated, values = heads.tensor_split((c.num_heads + c.num_kv_heads,), dim=2)
+    pairs, values = heads.tensor_split((c.num_heads + c.num_kv_heads,), dim=2)
     if layer.qk_norm is not None:
-        rotated = F.rms_norm(rotated, (c.head_dim,), eps=c.norm_eps) * layer.qk_norm
-    queries, keys = rotate(rotated, waves).tensor_split((c.num_heads,), dim=2)
+        pairs = F.rms_norm(pairs, (c.head_dim,), eps=c.norm_eps) * layer.qk_norm
+    queries, keys = rotated(pairs, waves).tensor_split((c.num_heads,), dim=2)
     hidden = hidden + F.linear(attend(queries, keys, values, mask), layer.output, layer.output_bias)
     normed = F.rms_norm(hidden, layer.mlp_norm.shape, layer.mlp_norm, c.norm_eps)
     gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)

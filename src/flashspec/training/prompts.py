@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flashspec.core import FlashSpecError
+from flashspec.engine.prompts import read_prompts
 from flashspec.models.tokenizer import Tokenizer
 from flashspec.training.target import Target
 
@@ -26,17 +26,12 @@ _OPENINGS = (
 
 
 def file_prompts(path: Path, target: Target, longest: int) -> list[Prompt]:
-    """JSON lines with `turns` (the first is taken) or `prompt`, or a prompt a line; as a chat where the target has a
-    template. Prompts of more than `longest` tokens are left out. FlashSpecError where fewer than two are left."""
+    """What `read_prompts` finds, as a chat where the target has a template. Prompts of more than `longest` tokens are
+    left out. FlashSpecError where fewer than two are left."""
     tokenizer = target.loaded.tokenizer
     if tokenizer is None:
         raise FlashSpecError(f"{target.loaded.name} has no tokenizer to read {path} with: leave --prompts out")
-    try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlashSpecError(f"prompts file {path} cannot be read: {error}") from None
-    texts = dict.fromkeys(_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
-    encoded = [_encode(text, tokenizer) for text in texts]
+    encoded = [tokenizer.encode_question(text) for text in dict.fromkeys(read_prompts(path))]
     kept = [prompt for prompt in encoded if 0 < len(prompt) <= longest]
     if len(kept) < 2:
         raise FlashSpecError(
@@ -44,22 +39,6 @@ def file_prompts(path: Path, target: Target, longest: int) -> list[Prompt]:
             "one is kept for measuring"
         )
     return kept
-
-
-def _text(line: str, where: str) -> str:
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        document = json.loads(line)
-        return str(document["turns"][0] if "turns" in document else document["prompt"])
-    except (ValueError, LookupError, TypeError):
-        raise FlashSpecError(f"{where} should be a JSON object with 'turns' or 'prompt'") from None
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> Prompt:
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(text)
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
 
 
 def own_prompts(target: Target, write: Continue, rows: int, longest: int, seed: int) -> Iterator[list[Prompt]]:
@@ -109,7 +88,7 @@ def _questions(
             ended = bool(added) and added[-1] in target.loaded.eos_token_ids
             if ended and is_sane(question) and question not in seen:
                 seen.add(question)
-                prompt = _encode(question, tokenizer)
+                prompt = tokenizer.encode_question(question)
                 prompts += [prompt] if len(prompt) <= longest else []
         barren = 0 if prompts else barren + 1
         yield prompts
