@@ -25,16 +25,25 @@ def write_eagle(folder: Path, part: Sequence[int] | None = PART, seed: int = 5, 
     return write(folder, {**tensors, **_map(part)}, {**config, "max_position_embeddings": 32, **changes})
 
 
-def write_medusa(folder: Path, count: int = 4, depth: int = 2, seed: int = 6, own: bool = True, **changes: Any) -> Path:
+def write_medusa(
+    folder: Path,
+    count: int = 4,
+    depth: int = 2,
+    seed: int = 6,
+    own: bool = True,
+    part: Sequence[int] | None = None,
+    **changes: Any,
+) -> Path:
     shapes: dict[str, tuple[int, ...]] = {}
     for head in range(count):
         for block in range(depth):
             shapes[f"{head}.{block}.linear.weight"] = (HIDDEN, HIDDEN)
             shapes[f"{head}.{block}.linear.bias"] = (HIDDEN,)
         if own:
-            shapes[f"{head}.{depth}.weight"] = (VOCAB, HIDDEN)
+            shapes[f"{head}.{depth}.weight"] = (VOCAB if part is None else len(part), HIDDEN)
     config = {"medusa_num_heads": count, "medusa_num_layers": depth, "base_model_name_or_path": "target"}
-    return write(folder, _random(shapes, seed), {**config, **changes}, "medusa_lm_head.safetensors")
+    tensors = {**_random(shapes, seed), **_map(part)}
+    return write(folder, tensors, {**config, **changes}, "medusa_lm_head.safetensors")
 
 
 def write_tiny(folder: Path, part: Sequence[int] | None = None, seed: int = 7, **changes: Any) -> Path:

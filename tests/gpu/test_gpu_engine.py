@@ -21,7 +21,7 @@ from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.model import ModelDrafter
 from flashspec.engine.loop import Run
-from flashspec.models.base import KVCache
+from flashspec.models.base import Features, KVCache
 from flashspec.models.loading import LoadedModel, load_model
 
 if not torch.cuda.is_available():
@@ -152,7 +152,13 @@ class Markov(MarkovModel):
         return KVCache(empty, empty.clone())
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, bound: int, num_layers: int | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        bound: int,
+        num_layers: int | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         seen = cache.keys[0, :, 0, :, 0]
         seen.scatter_(1, positions, token_ids.float())

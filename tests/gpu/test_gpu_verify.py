@@ -39,10 +39,11 @@ def problem(rows: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot:
     }
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize(
+    ("vocab_size", "cut"), [*((size, False) for size in VOCABULARIES), (8193, True), (151_936, True)]
+)
 @pytest.mark.parametrize("variant", ["rejection", "coupled", "typical", "greedy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cut", [False, True])
 def test_verdicts_equal_their_twins(cut: bool, dtype: torch.dtype, variant: str, vocab_size: int) -> None:
     for seed, (rows, gamma) in enumerate([(1, 4), (7, 1), (12, 6)]):
         for one_hot in [False, True] if variant == "rejection" else [True]:
@@ -57,9 +58,9 @@ def test_verdicts_equal_their_twins(cut: bool, dtype: torch.dtype, variant: str,
             assert ((next_token >= 0) & (next_token < vocab_size)).all()
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spread", [0.3, 2.5, 8.0])
+@pytest.mark.parametrize("spread", [0.3, 8.0])
 def test_cuts_equal_their_twins(spread: float, dtype: torch.dtype, vocab_size: int) -> None:
     generator = torch.Generator(DEVICE).manual_seed(vocab_size)
     logits = (spread * torch.randn(4, 3, vocab_size, device=DEVICE, generator=generator)).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from flashspec.kernels.native import PackedLinear
 from flashspec.models.base import Features, KVCache
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 from flashspec.models.reader import Reader
+
+if TYPE_CHECKING:
+    from flashspec.drafters.eagle_gpu import FewTokensHead
 
 # Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price.
 WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 9
@@ -42,25 +46,35 @@ class EagleHead(Decoder):
         super().__init__(config, weights)
         self.fusion = fusion
         self._packed = self._pack() if self.device.type == "cpu" and native_build.available() else {}
+        self._fused: FewTokensHead | None = None
+        if self._few_tokens is not None:
+            from flashspec.drafters import eagle_gpu
+
+            if eagle_gpu.fits(fusion):
+                self._few_tokens = self._fused = eagle_gpu.FewTokensHead(config, weights, self._inv_freq, fusion)
 
     def fuse(self, features: Features, slots: Tensor) -> Tensor:
         """The target's hidden states of slots (B, Q) as the layer takes them, (B, Q, hidden)."""
-        return self._linear(features.at(self.fusion.layers, slots), self.fusion.fc)
+        states = features.at(self.fusion.layers, slots)
+        return self._linear(states, self.fusion.fc) if self._fused is None else self._fused.fuse(states)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tensor:
         """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, what this gave for the slot
-        before. Returns (B, Q, hidden), from which `logits` predicts."""
+        before. Returns (B, hidden) of the last slots, from which `logits` predicts."""
+        if self._fused is not None and self._fused.takes(token_ids):
+            return self._fused.extend(token_ids, hidden, slots, cache)
         layer, (keys, values) = self.weights.layers[0], (cache.keys[0], cache.values[0])
         embedded = self._norm(F.embedding(token_ids, self.weights.embedding), layer.attention_norm)
         both = torch.cat([embedded, self._norm(hidden, self.fusion.hidden_norm)], -1)  # (B, Q, 2 hidden)
         queries = self._write(layer, both, self._places(slots), keys, values)
-        attended = self._attend(queries, keys[:, :, :bound], values[:, :, :bound], self._mask(slots, bound, None))
-        hidden = hidden + self._linear(attended, layer.output, layer.output_bias)
+        last, keys, values = slots[:, -1:], keys[:, :, :bound], values[:, :, :bound]
+        attended = self._attend(queries[:, -1:], keys, values, self._mask(last, bound, None))[:, 0]  # (B, H D)
+        hidden = hidden[:, -1] + self._linear(attended, layer.output, layer.output_bias)
         return hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., V') float32."""
-        return super().logits(self._norm(hidden, self.weights.final_norm))
+        """(B, hidden) -> (B, V') float32."""
+        return super().logits(hidden if self._fused is not None else self._norm(hidden, self.weights.final_norm))
 
     def _pack(self) -> dict[int, PackedLinear]:
         """By the weight's id: its matrices in bfloat16, which public heads are stored in, for the native kernel. An LM
@@ -90,7 +104,7 @@ class HeadReader(Reader):
         return self.model
 
     def read_text(self, tokens: Tensor, slots: Tensor, lengths: Tensor, bound: int) -> Tensor:
-        """Read slots (B, Q) of tokens (B, T), up to lengths - 2; (B, Q, hidden)."""
+        """Read slots (B, Q) of tokens (B, T), up to lengths - 2; (B, hidden) of the last ones."""
         assert self.target.features is not None
         fused = self.head.fuse(self.target.features, slots)
         hidden = self.extend(tokens.gather(1, slots + 1), fused, slots, bound)
@@ -141,12 +155,12 @@ class EagleProposer(Proposer):
         reader, last = self.reader, context.lengths[:, None] - 2  # (B, 1), the last slot whose features are known
         window = torch.arange(1 - reader.lag, 1, device=last.device)
         slots = (last + window).clamp(min=0)  # (B, lag)
-        hidden = reader.read_text(context.tokens, slots, context.lengths, context.bound)[:, -1]
+        hidden = reader.read_text(context.tokens, slots, context.lengths, context.bound)
 
         def read_next(token_ids: Tensor, offset: int) -> Tensor:
             nonlocal hidden
             slots = (last + offset).clamp(min=0)
-            hidden = reader.extend(token_ids[:, None], hidden[:, None], slots, context.bound + offset)[:, -1]
+            hidden = reader.extend(token_ids[:, None], hidden[:, None], slots, context.bound + offset)
             return hidden
 
         draft = write_chain(context, length, reader.head.logits, hidden, read_next, reader.head.fusion.part)

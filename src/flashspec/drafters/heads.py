@@ -9,7 +9,7 @@ target's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
 from flashspec.drafters.model import ModelDrafter
+from flashspec.kernels import decoding
 from flashspec.models.base import LanguageModel, SharesVocabulary, Vocabulary
 from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
@@ -186,8 +187,16 @@ def _medusa(head: _Head, name: str) -> Drafter:
         return MedusaDrafter(MedusaHeads(blocks, layer, lm_heads=own, part=part), name)
     if part is None:
         return MedusaDrafter(MedusaHeads(blocks, layer, score=target.logits), name)
-    rows = head.scorer(size)
-    return MedusaDrafter(MedusaHeads(blocks, layer, score=lambda x: F.linear(x, rows).float(), part=part), name)
+    return MedusaDrafter(MedusaHeads(blocks, layer, score=_score_of(head.scorer(size)), part=part), name)
+
+
+def _score_of(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """(..., hidden) -> (..., V') float32 over rows (V', hidden) of an LM head."""
+    if decoding.available(rows.device) and rows.shape[1] % 16 == 0:
+        from flashspec.models.decoder_gpu import Product
+
+        return Product(rows, torch.float32)
+    return lambda x: F.linear(x, rows).float()
 
 
 def _tiny(head: _Head, name: str) -> Drafter:

@@ -1,9 +1,9 @@
 """Triton: attention of a few new tokens over a KV cache, split over the slots.
 
-A program owns a split of the slots for one kv head and attends with all query heads of the group at once; memory gives
-the cache once, and L2 again to further programs where queries are many. It normalises and rotates what it needs itself,
-and writes the new keys and values that fall into its split. Splits start at multiples of a fixed length and are
-combined in their order, so a token's result has the same bits whatever the other queries, rows and lengths are.
+A program owns a split of the slots for one kv head and attends with all query heads of the group at once, so that the
+cache is read once. It normalises and rotates what it needs itself, and writes the new keys and values that fall into
+its split. Splits start at multiples of a fixed length and are combined in their order, so a token's result has the same
+bits whatever the other queries, rows and lengths are.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -23,7 +23,8 @@ from flashspec.kernels.tiling import overlaps
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
-MOST_PACKED = 16  # queries times query heads a program; further tiles find the cache in L2
+WARPS = 4
+MOST_PACKED = 32  # queries times query heads a program; further tiles find the cache in L2
 
 
 @triton.jit
@@ -56,43 +57,12 @@ def _rotated(
 
 @triton.jit
 def _cached(keys_ptr, values_ptr, slots, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Both halves of the keys, and the values, in the cache: (LANES, CHUNK, n)."""
-    half, dim = tl.arange(0, HALF_PAD)[None, None, :], tl.arange(0, DIM_PAD)[None, None, :]
-    slots, used = slots[:, :, None], used[:, :, None]
+    """Both halves of the keys, and the values, in the cache."""
+    half, dim = tl.arange(0, HALF_PAD)[None, :], tl.arange(0, DIM_PAD)[None, :]
+    slots, used = slots[:, None], used[:, None]
     first = tl.load(keys_ptr + slots * DIM + half, mask=used & (half < DIM // 2), other=0.0)
     second = tl.load(keys_ptr + slots * DIM + half + DIM // 2, mask=used & (half < DIM // 2), other=0.0)
     return first, second, tl.load(values_ptr + slots * DIM + dim, mask=used & (dim < DIM), other=0.0)
-
-
-@triton.jit
-def _write(
-    qkv_ptr,
-    waves_ptr,
-    norm_ptr,
-    keys_ptr,
-    values_ptr,
-    positions,
-    token,
-    here,
-    head,
-    n_kv,
-    width,
-    eps,
-    DIM: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """Put the new keys, rotated, and values of the tokens `here` into the cache at their positions, all (QUERIES,)."""
-    half, dim = tl.arange(0, HALF_PAD)[None, :], tl.arange(0, DIM_PAD)[None, :]
-    in_half, in_dim = here[:, None] & (half < DIM // 2), here[:, None] & (dim < DIM)
-    key_at, wave_at = (token * width + head * DIM)[:, None] + half, (token * DIM)[:, None] + half
-    norm_at = (tl.zeros_like(token) + head * DIM)[:, None] + half
-    first, second = _rotated(qkv_ptr, waves_ptr, norm_ptr, key_at, wave_at, norm_at, in_half, eps, DIM, HAS_NORM)
-    value = tl.load(qkv_ptr + (token * width + (head + n_kv) * DIM)[:, None] + dim, mask=in_dim, other=0.0)
-    tl.store(keys_ptr + positions[:, None] * DIM + half, first, mask=in_half)
-    tl.store(keys_ptr + positions[:, None] * DIM + half + DIM // 2, second, mask=in_half)
-    tl.store(values_ptr + positions[:, None] * DIM + dim, value, mask=in_dim)
 
 
 @triton.jit(do_not_specialize=["n_queries", "window"])
@@ -118,7 +88,7 @@ def _attend_kernel(
     DIM_PAD: tl.constexpr,
     PACKED: tl.constexpr,
     QUERIES: tl.constexpr,
-    LANES: tl.constexpr,
+    THREADS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -133,22 +103,21 @@ def _attend_kernel(
     positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1)  # [QUERIES]
     positions = positions.to(tl.int32)
     last = tl.max(positions)
-    start = split * (LANES * CHUNK * CHUNKS)
+    start = split * (CHUNK * CHUNKS)
     if start > last:
         return
     if WINDOWED:
         earliest = tl.min(tl.where(query < n_queries, positions, last))
-        if start + LANES * CHUNK * CHUNKS <= earliest - window + 1:
+        if start + CHUNK * CHUNKS <= earliest - window + 1:
             return
     keys_ptr += row.to(tl.int64) * stride_row + head * stride_head
     values_ptr += row.to(tl.int64) * stride_row + head * stride_head
-    STEP: tl.constexpr = LANES * CHUNK
     if OVERLAP:
-        if (start + STEP) * DIM <= stride_head:  # nothing is asked from behind the cache
-            piece: tl.constexpr = CHUNK * DIM * keys_ptr.dtype.element_ty.primitive_bitwidth // 8 // 32
-            thread_at = start * DIM + tl.arange(0, 32 * LANES) * (CHUNK * DIM // 32)
-            ask_ahead(keys_ptr + thread_at, piece)
-            ask_ahead(values_ptr + thread_at, piece)
+        if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
+            piece_at = start * DIM + tl.arange(0, THREADS) * (CHUNK * DIM // THREADS)
+            piece: tl.constexpr = CHUNK * DIM // THREADS * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            ask_ahead(keys_ptr + piece_at, piece)
+            ask_ahead(values_ptr + piece_at, piece)
         gdc_wait()
         gdc_launch_dependents()
 
@@ -171,61 +140,57 @@ def _attend_kernel(
         DIM,
         HAS_NORM,
     )
-    query_first = tl.broadcast_to(query_first[None, :, :], [LANES, PACKED, HALF_PAD])
-    query_second = tl.broadcast_to(query_second[None, :, :], [LANES, PACKED, HALF_PAD])
-    top = tl.full([LANES, PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([LANES, PACKED], tl.float32)
-    mixed = tl.zeros([LANES, PACKED, DIM_PAD], tl.float32)
-    # Every warp walks slots of its own (a lane), so that nothing but the last sum crosses warps.
-    lane_slots = start + tl.arange(0, LANES)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]  # [LANES, CHUNK]
-    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, STEP)).to(tl.int32)
+    top = tl.full([PACKED], float("-inf"), tl.float32)
+    total = tl.zeros([PACKED], tl.float32)
+    mixed = tl.zeros([PACKED, DIM_PAD], tl.float32)
+    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
     for chunk in range(n_chunks):
-        begin = start + chunk * STEP
-        slots = lane_slots + chunk * STEP
-        here = (positions >= begin) & (positions < begin + STEP)  # [QUERIES]
+        begin = start + chunk * CHUNK
+        slots = begin + tl.arange(0, CHUNK)  # [CHUNK]
+        here = (positions >= begin) & (positions < begin + CHUNK)  # [QUERIES]
         if tl.max(here.to(tl.int32)) > 0:
-            _write(
+            token, key_head = row * n_queries + query, n_kv * GROUP + head
+            in_new = here[:, None] & in_half[None, :]
+            new_first, new_second = _rotated(
                 qkv_ptr,
                 waves_ptr,
                 norm_ptr,
-                keys_ptr,
-                values_ptr,
-                positions,
-                row * n_queries + query,
-                here,
-                n_kv * GROUP + head,
-                n_kv,
-                width,
+                (token * width + key_head * DIM)[:, None] + half[None, :],  # [QUERIES, HALF_PAD]
+                (token * DIM)[:, None] + half[None, :],
+                (tl.zeros_like(token) + key_head * DIM)[:, None] + half[None, :],
+                in_new,
                 eps,
                 DIM,
-                HALF_PAD,
-                DIM_PAD,
                 HAS_NORM,
             )
+            value_at = (token * width + (key_head + n_kv) * DIM)[:, None] + dim[None, :]
+            new_value = tl.load(qkv_ptr + value_at, mask=here[:, None] & in_dim[None, :], other=0.0)
+            half_at, dim_at = positions[:, None] * DIM + half[None, :], positions[:, None] * DIM + dim[None, :]
+            tl.store(keys_ptr + half_at, new_first, mask=in_new)
+            tl.store(keys_ptr + half_at + DIM // 2, new_second, mask=in_new)
+            tl.store(values_ptr + dim_at, new_value, mask=here[:, None] & in_dim[None, :])
             tl.debug_barrier()
         key_first, key_second, value = _cached(keys_ptr, values_ptr, slots, slots <= last, DIM, HALF_PAD, DIM_PAD)
 
-        scores = tl.dot(query_first, tl.permute(key_first, (0, 2, 1)), input_precision="ieee")
-        scores = tl.dot(query_second, tl.permute(key_second, (0, 2, 1)), scores, input_precision="ieee") * scale
-        visible = slots[:, None, :] <= own[None, :, None]  # [LANES, PACKED, CHUNK]
+        # Slots are the rows of the scores, so that the number of queries never changes the matrix instruction.
+        scores = tl.dot(key_first, tl.trans(query_first), input_precision="ieee")
+        scores = tl.dot(key_second, tl.trans(query_second), scores, input_precision="ieee") * scale  # [CHUNK, PACKED]
+        visible = slots[:, None] <= own[None, :]
         if WINDOWED:
-            visible &= slots[:, None, :] > own[None, :, None] - window
+            visible &= slots[:, None] > own[None, :] - window
         scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 2))
+        new_top = tl.maximum(top, tl.max(scores, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - shift[:, :, None])
+        weights = tl.exp2(scores - shift[None, :])
         fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(weights, 2)
-        mixed *= fade[:, :, None]
-        mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision="ieee")
+        total = total * fade + tl.sum(weights, 0)
+        # Not values times weights: with two products of the wide kind ptxas 12.8 mixes up their operands' addresses.
+        mixed = tl.dot(tl.trans(weights.to(value.dtype)), value, mixed * fade[:, None], input_precision="ieee")
         top = new_top
 
-    highest = tl.max(top, 0)  # [PACKED]
-    share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
     place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
-    tl.store(stats_ptr + place * 2, highest, mask=in_packed)
-    tl.store(stats_ptr + place * 2 + 1, tl.sum(total * share, 0), mask=in_packed)
-    mixed = tl.sum(mixed * share[:, :, None], 0)  # [PACKED, DIM_PAD]
+    tl.store(stats_ptr + place * 2, top, mask=in_packed)
+    tl.store(stats_ptr + place * 2 + 1, total, mask=in_packed)
     at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
     tl.store(mixed_ptr + at, mixed, mask=in_packed[:, None] & in_dim[None, :])
 
@@ -281,8 +246,7 @@ def attend(
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
     group = n_heads // n_kv
-    # Warps a program, and slots a warp at a time: as much as registers hold.
-    lanes, chunk = (4, 16) if qkv.dtype == torch.float32 else (8, 16) if dim > 64 else (4, 32)
+    chunk = 32 if qkv.dtype == torch.float32 else SPLIT
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
     packed = min(max(triton.next_power_of_2(queries * group), 16), MOST_PACKED)
@@ -311,12 +275,12 @@ def attend(
             dim**-0.5 * math.log2(math.e),
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
             PACKED=packed,
+            THREADS=32 * WARPS,
             QUERIES=max(triton.next_power_of_2(queries), 2),
-            LANES=lanes,
             CHUNK=chunk,
-            CHUNKS=split // (lanes * chunk),
+            CHUNKS=split // chunk,
             HAS_NORM=qk_norm is not None,
-            num_warps=lanes,
+            num_warps=WARPS,
             num_stages=1,
             **shared,
         )

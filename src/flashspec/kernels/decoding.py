@@ -7,6 +7,8 @@ and every launch can be captured in a CUDA graph.
 
   embed(token_ids, positions, embedding, norm, frequencies, wave_scale, n_squares)
       -> hidden (M, width), hidden * norm, squares (M, n_squares), waves (M, 2, D / 2): cos and sin, float32
+  join(token_ids, positions, embedding, embedding_norm, hidden (M, width), hidden_norm, frequencies, wave_scale, eps)
+      -> (M, 2 width): normed embeddings beside normed hidden states; waves
   project(x, weight, bias | None, squares | None, eps, dtype) -> (M, out)
   project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
   project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares

@@ -14,6 +14,17 @@ from flashspec.kernels.tiling import overlaps
 
 
 @triton.jit
+def _store_waves(positions_ptr, frequencies_ptr, waves_ptr, token, half, wave_scale, dtype, HALF: tl.constexpr):
+    """A token's cos and sin, rounded as its weights are."""
+    wave = tl.arange(0, HALF)
+    in_half = wave < half
+    angle = tl.load(positions_ptr + token).to(tl.float32) * tl.load(frequencies_ptr + wave, mask=in_half, other=0.0)
+    cos, sin = tl.cos(angle) * wave_scale, tl.sin(angle) * wave_scale
+    tl.store(waves_ptr + token * 2 * half + wave, cos.to(dtype).to(tl.float32), mask=in_half)
+    tl.store(waves_ptr + token * 2 * half + half + wave, sin.to(dtype).to(tl.float32), mask=in_half)
+
+
+@triton.jit
 def _embed_kernel(
     token_ids_ptr,
     positions_ptr,
@@ -50,13 +61,46 @@ def _embed_kernel(
     part = tl.arange(0, SQUARES)
     total = tl.sum(hidden * hidden)
     tl.store(squares_ptr + token * n_squares + part, tl.where(part == 0, total, 0.0), mask=part < n_squares)
+    _store_waves(positions_ptr, frequencies_ptr, waves_ptr, token, half, wave_scale, dtype, HALF)
 
-    wave = tl.arange(0, HALF)
-    in_half = wave < half
-    angle = tl.load(positions_ptr + token).to(tl.float32) * tl.load(frequencies_ptr + wave, mask=in_half, other=0.0)
-    cos, sin = tl.cos(angle) * wave_scale, tl.sin(angle) * wave_scale
-    tl.store(waves_ptr + token * 2 * half + wave, cos.to(dtype).to(tl.float32), mask=in_half)
-    tl.store(waves_ptr + token * 2 * half + half + wave, sin.to(dtype).to(tl.float32), mask=in_half)
+
+@triton.jit
+def _join_kernel(
+    token_ids_ptr,
+    positions_ptr,
+    embedding_ptr,
+    embedding_norm_ptr,
+    hidden_ptr,
+    hidden_norm_ptr,
+    frequencies_ptr,
+    both_ptr,
+    waves_ptr,
+    vocab_size,
+    K,
+    half,
+    wave_scale,
+    eps,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    token = tl.program_id(0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype = both_ptr.dtype.element_ty
+    column = tl.arange(0, WIDTH)
+    mask = column < K
+    id_ = tl.minimum(tl.maximum(tl.load(token_ids_ptr + token), 0), vocab_size - 1)  # as in _embed_kernel
+    embedded = tl.load(embedding_ptr + id_ * K + column, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.load(embedding_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    embedded *= tl.rsqrt(tl.sum(embedded * embedded) / K + eps) * norm
+    hidden = tl.load(hidden_ptr + token * K + column, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.load(hidden_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    hidden *= tl.rsqrt(tl.sum(hidden * hidden) / K + eps) * norm
+    tl.store(both_ptr + token * 2 * K + column, embedded.to(dtype), mask=mask)
+    tl.store(both_ptr + token * 2 * K + K + column, hidden.to(dtype), mask=mask)
+    _store_waves(positions_ptr, frequencies_ptr, waves_ptr, token, half, wave_scale, dtype, HALF)
 
 
 @triton.jit
@@ -136,6 +180,44 @@ def embed(
             **_overlapped(embedding.device),
         )
     return hidden, weighted, squares, waves
+
+
+def join(
+    token_ids: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    embedding_norm: Tensor,
+    hidden: Tensor,
+    hidden_norm: Tensor,
+    frequencies: Tensor,
+    wave_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    tokens, width, half = token_ids.numel(), embedding.shape[1], len(frequencies)
+    both = torch.empty(tokens, 2 * width, dtype=embedding.dtype, device=embedding.device)
+    waves = torch.empty(tokens, 2, half, dtype=torch.float32, device=embedding.device)
+    with torch.cuda.device_of(embedding):
+        _join_kernel[(tokens,)](
+            token_ids,
+            positions,
+            embedding,
+            embedding_norm,
+            hidden,
+            hidden_norm,
+            frequencies,
+            both,
+            waves,
+            len(embedding),
+            width,
+            half,
+            wave_scale,
+            eps,
+            WIDTH=triton.next_power_of_2(width),
+            HALF=triton.next_power_of_2(half),
+            num_warps=8,
+            **_overlapped(embedding.device),
+        )
+    return both, waves
 
 
 def normalise(hidden: Tensor, norm: Tensor, eps: float) -> Tensor:

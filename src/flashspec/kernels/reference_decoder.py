@@ -76,9 +76,23 @@ def embed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = F.embedding(token_ids.flatten(), embedding)
     squares = F.pad(hidden.float().square().sum(1, keepdim=True), (0, n_squares - 1))
-    angles = positions.flatten()[:, None].float() * frequencies
-    waves = (torch.stack((angles.cos(), angles.sin()), 1) * wave_scale).to(embedding.dtype).float()
-    return hidden, hidden * norm, squares, waves
+    return hidden, hidden * norm, squares, _waves(positions, frequencies, wave_scale, embedding.dtype)
+
+
+def join(
+    token_ids: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    embedding_norm: Tensor,
+    hidden: Tensor,
+    hidden_norm: Tensor,
+    frequencies: Tensor,
+    wave_scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    embedded = normalise(F.embedding(token_ids.flatten(), embedding), embedding_norm, eps)
+    waves = _waves(positions, frequencies, wave_scale, embedding.dtype)
+    return torch.cat((embedded, normalise(hidden, hidden_norm, eps)), 1), waves
 
 
 def normalise(hidden: Tensor, norm: Tensor, eps: float) -> Tensor:
@@ -93,6 +107,11 @@ def add_norm(hidden: Tensor, delta: Tensor, norm: Tensor, eps: float) -> tuple[T
 def gate(gate_up: Tensor) -> Tensor:
     first, second = gate_up.float().chunk(2, 1)
     return (F.silu(first) * second).to(gate_up.dtype)
+
+
+def _waves(positions: Tensor, frequencies: Tensor, wave_scale: float, dtype: torch.dtype) -> Tensor:
+    angles = positions.flatten()[:, None].float() * frequencies
+    return (torch.stack((angles.cos(), angles.sin()), 1) * wave_scale).to(dtype).float()
 
 
 def _scale(squares: Tensor, width: int, eps: float) -> Tensor:

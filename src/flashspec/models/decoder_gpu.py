@@ -32,26 +32,48 @@ def fits(config: DecoderConfig) -> bool:
     return config.head_dim <= 256 and all(width % 16 == 0 for width in widths)
 
 
+class Product:
+    """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        self._weight, self._dtype, self._bias = weight, dtype, bias
+        self._tuned = False
+
+    def tune(self) -> None:
+        """Measure what has not been measured on this GPU; nothing while a graph is captured."""
+        if not self._tuned and not _capturing():
+            linear.tune([self._weight], gated=False)
+            self._tuned = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
+            return F.linear(x, self._weight, self._bias).to(self._dtype)
+        self.tune()
+        rows = x.reshape(-1, x.shape[-1])
+        return linear.project(rows, self._weight, self._bias, None, 0.0, self._dtype).view(*x.shape[:-1], -1)
+
+
 class FewTokens:
     """`forward` and `logits` of a decoder, as its `LanguageModel` contract has them, but for few tokens."""
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor) -> None:
         self._config, self._weights, self._frequencies = config, weights, frequencies
+        self._score = Product(weights.lm_head, torch.float32)
         self._tuned = False
 
     def takes(self, token_ids: Tensor) -> bool:
         return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
 
     def tune(self) -> None:
-        """Measure what has not been measured on this GPU; nothing while a graph is captured."""
-        if self._tuned or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        """As a product does, all of them."""
+        if self._tuned or _capturing():
             return
         layers = self._weights.layers
         linear.tune([layer.qkv for layer in layers], gated=False)
         linear.tune([layer.output for layer in layers], gated=False)
         linear.tune([layer.gate_up for layer in layers], gated=True)
         linear.tune([layer.down for layer in layers], gated=False)
-        linear.tune([self._weights.lm_head], gated=False)
+        self._score.tune()
         self._tuned = True
 
     def forward(
@@ -75,12 +97,7 @@ class FewTokens:
         return normed.view(*token_ids.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if not 0 < len(rows) <= MOST_TOKENS:
-            return F.linear(hidden, self._weights.lm_head).float()
-        self.tune()
-        out = linear.project(rows, self._weights.lm_head, None, None, 0.0, torch.float32)
-        return out.view(*hidden.shape[:-1], -1)
+        return self._score(hidden)
 
     def _narrow(
         self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record
@@ -93,12 +110,7 @@ class FewTokens:
             record(index, hidden)
             qkv = linear.project(weighted, layer.qkv, layer.qkv_bias, squares, eps, dtype)
             mixed = self._attend(index, qkv, waves, positions, cache)
-            hidden, weighted, squares = linear.project_add(
-                mixed, layer.output, layer.output_bias, hidden, layer.mlp_norm
-            )
-            gated = linear.project_gated(weighted, layer.gate_up, squares, eps)
-            following = self._norm_after(index, layers)
-            hidden, weighted, squares = linear.project_add(gated, layer.down, None, hidden, following)
+            hidden, weighted, squares = self._add_narrow(layer, mixed, hidden, self._norm_after(index, layers))
         return elementwise.normalise(hidden, self._weights.final_norm, eps)
 
     def _wide(
@@ -111,11 +123,24 @@ class FewTokens:
         for index, layer in enumerate(layers):
             record(index, hidden)
             mixed = self._attend(index, F.linear(normed, layer.qkv, layer.qkv_bias), waves, positions, cache)
-            delta = F.linear(mixed, layer.output, layer.output_bias)
-            hidden, normed = elementwise.add_norm(hidden, delta, layer.mlp_norm, eps)
-            delta = F.linear(elementwise.gate(F.linear(normed, layer.gate_up)), layer.down)
-            hidden, normed = elementwise.add_norm(hidden, delta, self._norm_after(index, layers), eps)
+            hidden, normed = self._add_wide(layer, mixed, hidden, self._norm_after(index, layers))
         return normed
+
+    def _add_narrow(
+        self, layer: LayerWeights, mixed: Tensor, hidden: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rest of a layer after its attention; following: the weight of the norm behind it. As `project_add`."""
+        hidden, weighted, squares = linear.project_add(mixed, layer.output, layer.output_bias, hidden, layer.mlp_norm)
+        gated = linear.project_gated(weighted, layer.gate_up, squares, self._config.norm_eps)
+        return linear.project_add(gated, layer.down, None, hidden, following)
+
+    def _add_wide(self, layer: LayerWeights, mixed: Tensor, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, with the norm applied: new hidden, normed."""
+        eps = self._config.norm_eps
+        delta = F.linear(mixed, layer.output, layer.output_bias)
+        hidden, normed = elementwise.add_norm(hidden, delta, layer.mlp_norm, eps)
+        delta = F.linear(elementwise.gate(F.linear(normed, layer.gate_up)), layer.down)
+        return elementwise.add_norm(hidden, delta, following, eps)
 
     def _embed(
         self, token_ids: Tensor, positions: Tensor, first: LayerWeights, n_squares: int
@@ -132,3 +157,7 @@ class FewTokens:
 
     def _norm_after(self, index: int, layers: tuple[LayerWeights, ...]) -> Tensor:
         return layers[index + 1].attention_norm if index + 1 < len(layers) else self._weights.final_norm
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
