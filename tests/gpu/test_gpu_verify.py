@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 from flashspec import kernels
 
 DEVICE = torch.device("cuda")
-VOCABULARIES = [100, 8193, 10_000, 32_000, 128_256, 151_936]
 
 
 def problem(rows: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot: bool, seed: int) -> dict[str, Any]:
@@ -39,13 +38,20 @@ def problem(rows: int, gamma: int, vocab_size: int, dtype: torch.dtype, one_hot:
     }
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "cut"), [*((size, False) for size in VOCABULARIES), (8193, True), (151_936, True)]
-)
+CASES = [  # compiling takes most of the time
+    (100, torch.float32, False),
+    (8193, torch.float32, False),
+    (8193, torch.bfloat16, True),
+    (32_000, torch.float32, True),
+    (128_256, torch.bfloat16, False),
+    (151_936, torch.float32, False),
+]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype", "cut"), CASES, ids=str)
 @pytest.mark.parametrize("variant", ["rejection", "coupled", "typical", "greedy"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_verdicts_equal_their_twins(cut: bool, dtype: torch.dtype, variant: str, vocab_size: int) -> None:
-    for seed, (rows, gamma) in enumerate([(1, 4), (7, 1), (12, 6)]):
+def test_verdicts_equal_their_twins(variant: str, vocab_size: int, dtype: torch.dtype, cut: bool) -> None:
+    for seed, (rows, gamma) in enumerate([(1, 4), (12, 6), *[(7, 1)] * (vocab_size == 8193)]):
         for one_hot in [False, True] if variant == "rejection" else [True]:
             arguments = problem(rows, gamma, vocab_size, dtype, one_hot, seed)
             if cut:
@@ -76,7 +82,7 @@ def test_cuts_equal_their_twins(spread: float, dtype: torch.dtype, vocab_size: i
         assert ((kept.sum(-1) - size).abs() <= (size // 200 + 1) * (cuts[1] is not None)).all()
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
 @pytest.mark.parametrize("rows", [1, 13])
 def test_choices_equal_their_twins(rows: int, vocab_size: int) -> None:
     for purpose, dtype in ((0, torch.float32), (3, torch.bfloat16)):

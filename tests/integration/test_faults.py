@@ -43,7 +43,7 @@ def test_a_target_row_that_is_not_finite_ends_its_request_only(
     if settings == {"temperature": 0}:
         for row in (0, 2):
             assert run.state.texts[row] == PROMPTS[row] + greedy_text(sound, PROMPTS[row], 20)
-    assert run.state.texts[1] in ([4], [4, 5])
+    assert run.state.texts[1] == [4, 5]  # the 5 was accepted, whatever came behind it
 
 
 def test_a_row_of_negative_infinities_is_an_error() -> None:

@@ -189,7 +189,7 @@ class DecodeState:
     def commit(self, draft: Draft, verdict: Verdict, failed: Tensor, logits: Tensor) -> Outcome:
         """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths.
 
-        failed: (B,) bool, rows whose logits (B, γ + 1, V) are not finite: they end here, and grow by nothing."""
+        failed: (B,) bool, rows whose logits (B, γ + 1, V) are not finite: they end behind what was accepted."""
         packed = commit(
             draft.token_ids,
             draft.lengths,

@@ -47,15 +47,14 @@ def _commit_kernel(
     stop_ids = tl.load(stop_ids_ptr + row * n_stops + stop, mask=stop < n_stops, other=-1)
 
     running = finish == RUNNING
-    growing = running & (failed == 0)
-    num_emitted = tl.minimum(num_accepted + 1, limit - length)
+    num_emitted = tl.minimum(num_accepted + tl.where(failed, 0, 1), limit - length)
     hits = tl.max(((token[:, None] == stop_ids[None, :]) & (token[:, None] >= 0)).to(tl.int32), 1) != 0
     stops = hits & (position < num_emitted)
     before_stop = tl.min(tl.where(stops, position, POSITIONS), 0)  # tokens ahead of the first stop token
-    num_emitted = tl.where(growing, tl.minimum(num_emitted, before_stop + 1), 0)
+    num_emitted = tl.where(running, tl.minimum(num_emitted, before_stop + 1), 0)
     length += num_emitted
-    ended = tl.where(before_stop < POSITIONS, STOP, tl.where(length >= limit, LENGTH, RUNNING))
-    finish = tl.where(growing, ended, tl.where(running, ERROR, finish))
+    ended = tl.where(length >= limit, LENGTH, tl.where(failed, ERROR, RUNNING))
+    finish = tl.where(running, tl.where(before_stop < POSITIONS, STOP, ended), finish)
     drafted = tl.where(finish != RUNNING, tl.minimum(drafted, num_emitted), drafted)
     faulty = (row * 0).to(tl.int64)
     if faulty_ptr is not None:

@@ -29,16 +29,13 @@ void commit_row(const Step& s, Index row) {
   std::copy_n(s.token_ids + row * s.gamma, s.gamma, emitted);
   emitted[s.gamma] = emitted[accepted] = s.next_token[row];
 
-  const bool running = s.finish[row] == RUNNING, growing = running && !s.failed[row];
-  const Index most = std::min(accepted + 1, s.limits[row] - length);
+  const bool running = s.finish[row] == RUNNING, failed = s.failed[row];
+  const Index most = running ? std::min(accepted + !failed, s.limits[row] - length) : 0;
   Index count = 0, end = s.finish[row];
   bool stopped = false;
-  while (growing && count < most && !stopped) stopped = stops(s, row, emitted[count++]);
+  while (count < most && !stopped) stopped = stops(s, row, emitted[count++]);
   const Index grown = length + count;
-  if (growing)
-    end = stopped ? STOP : grown >= s.limits[row] ? LENGTH : RUNNING;
-  else if (running)
-    end = FAILED;
+  if (running) end = stopped ? STOP : grown >= s.limits[row] ? LENGTH : failed ? FAILED : RUNNING;
   packed[0] = end == RUNNING ? s.draft_lengths[row] : std::min(s.draft_lengths[row], count);
   packed[1] = std::min(accepted, count);
   packed[2] = count;

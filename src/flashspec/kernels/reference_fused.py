@@ -198,15 +198,14 @@ def commit(
     emitted = torch.cat([token_ids, next_token[:, None]], 1)  # (B, γ + 1)
     emitted = emitted.scatter(1, num_accepted[:, None], next_token[:, None])
     running = finish == FinishReason.RUNNING
-    growing = running & ~failed
-    num_emitted = torch.minimum(num_accepted + 1, limits - lengths)
+    num_emitted = torch.minimum(num_accepted + (~failed).long(), limits - lengths)
     stops = (emitted[..., None] == stop_ids[:, None]).any(-1) & (index < num_emitted[:, None])  # (B, γ + 1)
     before_stop = (stops.long().cumsum(1) == 0).sum(1)  # tokens ahead of the first stop token
-    num_emitted = torch.minimum(num_emitted, before_stop + 1) * growing
+    num_emitted = torch.minimum(num_emitted, before_stop + 1) * running
     grown = lengths + num_emitted
-    stopped, full = growing & (before_stop <= gamma), growing & (grown >= limits)
-    ended = torch.where(stopped, FinishReason.STOP.value, full * FinishReason.LENGTH.value)
-    ended = torch.where(growing, ended, torch.where(running, FinishReason.ERROR.value, finish))
+    ended = torch.where(grown >= limits, FinishReason.LENGTH.value, failed * FinishReason.ERROR.value)
+    ended = torch.where(before_stop <= gamma, FinishReason.STOP.value, ended)
+    ended = torch.where(running, ended, finish)
     drafted = torch.where(ended > 0, torch.minimum(draft_lengths, num_emitted), draft_lengths)
     faults = torch.zeros_like(finish) if faulty is None else (faulty & running).long()
     tokens.scatter_(1, lengths[:, None] + index, emitted)
