@@ -23,7 +23,9 @@ def test_a_training_on_a_gpu(tmp_path: Path, kind: Kind) -> None:
     model = llama(num_hidden_layers=3, max_position_embeddings=128)
     model.lm_head.weight.mul_(6.0)
     model.save_pretrained(tmp_path / "target")
-    settings = Settings(kind=kind, seconds=30.0, writing_share=0.5, length=64, rows=64, most_tokens=20_000, learning_rate=3e-3)
+    settings = Settings(
+        kind=kind, seconds=30.0, writing_share=0.5, length=64, rows=64, most_tokens=20_000, learning_rate=3e-3
+    )
     outcome = train_drafter(tmp_path / "target", tmp_path / "head", settings, device="cuda")
     assert outcome.measures[-1].loss < outcome.measures[0].loss
     assert outcome.measures[-1].length > outcome.measures[0].length
@@ -31,5 +33,7 @@ def test_a_training_on_a_gpu(tmp_path: Path, kind: Kind) -> None:
     target = load_target(tmp_path / "target", "cuda")
     drafter = load_head(tmp_path / "head", target.loaded.model, "head")
     config = FlashSpecConfig(device="cuda", sampling=SamplingConfig(temperature=0.0))
-    result = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"]).generate([[i, i + 1, i + 2] for i in range(16)], 40)
+    result = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"]).generate(
+        [[i, i + 1, i + 2] for i in range(16)], 40
+    )
     assert result.acceptance_length > 1.0

@@ -140,8 +140,9 @@ def verify_logits(
     latter without noise and reads no temperature; 'typical' (Cai et al. 2024, Medusa; lossy), which keeps a draft token
     x while p(x) > min(epsilon, delta * exp(-entropy(p))) and draws the next one from p.
     Returns num_accepted (B,) int64, next_token (B,) int64 in [0, V), and failed (B,) bool: rows whose next_token
-    means nothing, since the position behind the accepted tokens holds NaN or +inf, or nothing but -inf. A draft token outside [0, V)
-    is rejected; so is one whose weights are not finite, and the next token is then drawn from the target alone.
+    means nothing, since the position behind the accepted tokens holds NaN or +inf, or nothing but -inf. A draft token
+    outside [0, V) is rejected; so is one whose weights are not finite, and the next token is then drawn from the target
+    alone.
     """
     shape = tuple(target_logits.shape)
     if len(shape) != 3 or shape[1] < 1 or shape[2] < 1:
@@ -289,8 +290,9 @@ def commit(
     """Append what a verdict keeps to the text, up to a stop token or a row's limit, in one launch.
 
     token_ids: (B, γ) int64, draft_lengths: (B,) int64, faulty: (B,) bool or None: a Draft. num_accepted, next_token:
-    (B,) int64, failed: (B,) bool, rows that end behind the accepted tokens: a verdict. tokens: (B, T) int64 with T >= lengths
-    + γ + 1, lengths, finish (a FinishReason): (B,) int64, all three written. limits: (B,) int64, at which rows end.
+    (B,) int64, failed: (B,) bool, rows that end behind the accepted tokens: a verdict. tokens: (B, T) int64 with T >=
+    lengths + γ + 1, lengths, finish (a FinishReason): (B,) int64, all three written. limits: (B,) int64, at which rows
+    end.
     stop_ids: (B, K) int64, padded with -1. cached: (R, B) int64, written: at most lengths - 1 afterwards.
     Returns (B, 5 + γ + 1) int64: drafted, accepted, emitted, finish, faulty, then tokens, of which `emitted` count.
     """

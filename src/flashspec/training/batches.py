@@ -29,16 +29,47 @@ class Batch:
         wanted = self.token_ids.gather(1, positions.clamp(max=length - 1).expand_as(self.token_ids))
         return wanted, (positions >= self.starts[:, None]) & (positions < self.lengths[:, None])
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(_sent(tensor, device) for tensor in (self.token_ids, self.starts, self.lengths)))
 
-def make_batch(rollouts: Rollouts, indices: Sequence[int], device: torch.device) -> Batch:
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Which positions of a batch teach what, as indices into its B * T. taught: (n,), where the target's distribution
+    is wanted. steps: for each draft step its anchors (m,), and where in `taught` what it aims at stands (m,)."""
+
+    taught: Tensor
+    steps: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, batch: Batch, known: Tensor, steps: int) -> Lesson:
+        """known: (V,) bool, the tokens that can be drafted: the others' positions count for nothing."""
+        taught = batch.drafted(-1)[1].flatten()  # the target's distribution at a position is of the token behind it
+        place = taught.cumsum(0) - 1
+        anchors = []
+        for step in range(steps):
+            wanted, written = batch.drafted(step)
+            anchors.append((written & known[wanted]).flatten().nonzero()[:, 0])
+        return cls(taught.nonzero()[:, 0], tuple((at, place[at + 1 + step]) for step, at in enumerate(anchors)))
+
+    def to(self, device: torch.device) -> Lesson:
+        steps = tuple((_sent(anchors, device), _sent(places, device)) for anchors, places in self.steps)
+        return Lesson(_sent(self.taught, device), steps)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def make_batch(rollouts: Rollouts, indices: Sequence[int]) -> Batch:
     lengths = rollouts.lengths[list(indices)]
     width = -(-int(lengths.max()) // ALIGNED) * ALIGNED
     token_ids = torch.zeros(len(indices), width, dtype=torch.int64)
     for row, index in enumerate(indices):
         text = rollouts.token_ids[rollouts.offsets[index] : rollouts.offsets[index + 1]]
         token_ids[row, : len(text)] = text
-    parts = token_ids, rollouts.starts[list(indices)], lengths
-    return Batch(*(part.to(device) for part in parts))
+    return Batch(token_ids, rollouts.starts[list(indices)], lengths)
 
 
 def epoch_order(rollouts: Rollouts, most_tokens: int, seed: int, epoch: int) -> list[list[int]]:

@@ -141,7 +141,7 @@ def _prepare(
     features = default_feature_layers(target.decoder.num_layers)
     config = head_config(target, settings, len(vocabulary), features)
     vocabulary = vocabulary.to(target.decoder.device)
-    sample = make_batch(rollouts, range(min(len(rollouts), SAMPLE)), target.decoder.device)
+    sample = make_batch(rollouts, range(min(len(rollouts), SAMPLE))).to(target.decoder.device)
     scales = feature_scales(hidden_states(target.decoder, sample.token_ids, features))
     head = build_head(config, target, vocabulary, scales, settings.seed)
     teacher = Teacher(vocabulary, target.decoder.weights.lm_head[vocabulary.ids])

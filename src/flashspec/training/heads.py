@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from flashspec.models.decoder import DecoderConfig, LayerWeights
 from flashspec.training.features import Reading
-from flashspec.training.layers import attend, decoder_layer, rotary_waves, rotated
+from flashspec.training.layers import Waves, attend, decoder_layer, rotary_waves, rotated
+
+_Entries = tuple[Tensor, Tensor]  # keys and values of every draft step so far, each (B, steps * T, K, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +47,24 @@ class DraftHead(nn.Module):
         token, in place of what the step before would have said. Behind a row's end they mean nothing."""
 
     @abstractmethod
+    def lm_rows(self, step: int) -> Tensor:
+        """(V', hidden), the LM head of a step."""
+
     def score(self, step: int, hidden: Tensor) -> Tensor:
         """(n, hidden) of a step -> (n, V')."""
+        return F.linear(hidden, self.lm_rows(step).to(hidden.dtype))
 
     def public_state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by their public names."""
         return self.state_dict()
 
-    def _lm_head(self, own: nn.Linear | None, hidden: Tensor) -> Tensor:
-        if own is not None:
-            return F.linear(hidden, own.weight)
-        assert self.target_rows is not None
-        return F.linear(hidden, self.target_rows.to(hidden.dtype))
+    def compile(self) -> None:
+        """Make what takes most of the time faster, where it runs on a GPU."""
+
+    def _rows(self, own: nn.Linear | None) -> Tensor:
+        rows = own.weight if own is not None else self.target_rows
+        assert rows is not None
+        return rows
 
 
 def following(by_position: Tensor, offset: int) -> Tensor:
@@ -95,14 +103,6 @@ class _Mlp(nn.Module):
         return output
 
 
-@dataclass(slots=True)
-class _Entries:
-    """Keys and values of every draft step so far, each (B, T, K, D) by anchor."""
-
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-
 class _Midlayer(nn.Module):
     """The one layer of an EAGLE-3 head; its residual stream is the fused feature."""
 
@@ -114,23 +114,23 @@ class _Midlayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         self.self_attn, self.mlp = _Attention(config, 2 * size), _Mlp(config)
 
-    def forward(self, embedded: Tensor, feature: Tensor, entries: _Entries, mask: Tensor) -> Tensor:
-        """embedded, feature: (B, T, hidden). mask: (T, S), of which the entries there are take the first columns."""
-        c, attention, step = self.config, self.self_attn, len(entries.keys)
+    def forward(
+        self, embedded: Tensor, feature: Tensor, waves: Waves, earlier: _Entries | None, mask: Tensor
+    ) -> tuple[Tensor, _Entries]:
+        """embedded, feature: (B, T, hidden). mask: (T, S), over the entries of earlier steps and of this one. Returns
+        the hidden states (B, T, hidden), and the entries with this step's."""
+        c, attention = self.config, self.self_attn
         both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)  # (B, T, 2 hidden)
         queries, keys, values = (
             project(both).view(*feature.shape[:2], -1, c.head_dim)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        positions = torch.arange(step, step + feature.shape[1], device=feature.device)
-        waves = rotary_waves(c.inv_freq, c.rotary_scale, positions)
-        entries.keys.append(rotated(keys, waves))
-        entries.values.append(values)
-        keys, values = torch.cat(entries.keys, 1), torch.cat(entries.values, 1)  # (B, (step + 1) T, K, D)
-        mixed = attend(rotated(queries, waves), keys, values, mask[:, : keys.shape[1]])
+        keys = rotated(keys, waves)
+        if earlier is not None:
+            keys, values = torch.cat([earlier[0], keys], 1), torch.cat([earlier[1], values], 1)
+        mixed = attend(rotated(queries, waves), keys, values, mask)
         hidden: Tensor = feature + attention.o_proj(mixed)
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return output
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), (keys, values)
 
 
 class Eagle3Head(DraftHead):
@@ -157,14 +157,21 @@ class Eagle3Head(DraftHead):
         length = feature.shape[1]
         true = torch.ones(length, length, dtype=torch.bool, device=feature.device).tril()
         own = torch.eye(length, dtype=torch.bool, device=feature.device)
-        mask, entries, outputs = torch.cat([true, *[own] * (steps - 1)], 1), _Entries(), []
+        mask, c = torch.cat([true, *[own] * (steps - 1)], 1), self.midlayer.config
+        waves = rotary_waves(c.inv_freq, c.rotary_scale, torch.arange(length + steps, device=feature.device))
+        entries, outputs = None, []
         for step in range(steps):
-            feature = self.midlayer(following(embedding, 1 + step), feature, entries, mask)
+            here = waves[0][step : step + length], waves[1][step : step + length]
+            visible = mask[:, : (step + 1) * length]
+            feature, entries = self.midlayer(following(embedding, 1 + step), feature, here, entries, visible)
             outputs.append(self.norm(feature))
         return outputs
 
-    def score(self, step: int, hidden: Tensor) -> Tensor:
-        return self._lm_head(self.lm_head, hidden)
+    def compile(self) -> None:
+        self.midlayer.compile()
+
+    def lm_rows(self, step: int) -> Tensor:
+        return self._rows(self.lm_head)
 
     def public_state(self) -> dict[str, Tensor]:
         state = self.state_dict()
@@ -212,9 +219,9 @@ class MedusaHeads(DraftHead):
             outputs.append(hidden)
         return outputs
 
-    def score(self, step: int, hidden: Tensor) -> Tensor:
+    def lm_rows(self, step: int) -> Tensor:
         own = self.head(step)[-1]
-        return self._lm_head(own if isinstance(own, nn.Linear) else None, hidden)
+        return self._rows(own if isinstance(own, nn.Linear) else None)
 
 
 class _Layer(nn.Module):
@@ -262,5 +269,5 @@ class TinyModel(DraftHead):
         hidden = self.model(reading.embedding.float())
         return [following(hidden, 1 + step) for step in range(steps)]
 
-    def score(self, step: int, hidden: Tensor) -> Tensor:
-        return self._lm_head(None, hidden)
+    def lm_rows(self, step: int) -> Tensor:
+        return self._rows(None)

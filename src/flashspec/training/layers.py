@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashspec.kernels import decoding
 from flashspec.models.decoder import DecoderConfig, LayerWeights, rotate
 
 Waves = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D / 2) float32
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """On a GPU as torch.compile makes it; its first argument that is a tensor says where."""
+    fast = torch.compile(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        return (fast if decoding.available(device) else function)(*args, **kwargs)
+
+    return run
 
 
 def rotary_waves(inv_freq: Sequence[float], scale: float, positions: Tensor) -> Waves:
@@ -37,6 +54,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     return mixed.transpose(1, 2).flatten(2)
 
 
+@compiled
 def decoder_layer(
     config: DecoderConfig, layer: LayerWeights, hidden: Tensor, waves: Waves, mask: Tensor | None
 ) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.training.batches import Batch
+from flashspec.training.batches import Batch, Lesson
 from flashspec.training.features import Reading
 from flashspec.training.heads import DraftHead
+from flashspec.training.layers import compiled
 from flashspec.training.vocabulary import DraftVocabulary
 
 
@@ -45,31 +46,33 @@ class Teacher:
     @torch.no_grad()
     def probabilities(self, final: Tensor) -> Tensor:
         """(n, hidden) -> (n, V') float32."""
-        return F.linear(final, self.rows).float().softmax(-1)
+        return _probabilities(final, self.rows)
 
 
-def draft_loss(head: DraftHead, reading: Reading, batch: Batch, teacher: Teacher, steps: int, decay: float) -> Tensor:
-    """Cross entropy of each draft step to the target's distribution at its position, deeper steps weighing less.
-    Positions whose token cannot be drafted count for nothing."""
-    known = teacher.vocabulary.t2d
-    outputs = head.unroll(reading, steps)
-    taught = batch.drafted(-1)[1]  # (B, T): the target's distribution at a position is of the token behind it
-    place = taught.flatten().cumsum(0).view_as(taught) - 1
-    probabilities = teacher.probabilities(reading.final[taught])  # (n, V')
+@compiled
+def _probabilities(final: Tensor, rows: Tensor) -> Tensor:
+    return F.linear(final, rows).float().softmax(-1)
+
+
+@compiled
+def _cross_entropy(hidden: Tensor, rows: Tensor, probabilities: Tensor, places: Tensor) -> Tensor:
+    """Of what hidden (m, hidden) says to the probabilities at places (m,), summed."""
+    scores = F.linear(hidden, rows.to(hidden.dtype)).float()  # (m, V')
+    return F.cross_entropy(scores, probabilities[places], reduction="sum")
+
+
+def draft_loss(head: DraftHead, reading: Reading, lesson: Lesson, teacher: Teacher, decay: float) -> Tensor:
+    """Cross entropy of each draft step to the target's distribution at its position, deeper steps weighing less."""
+    probabilities = teacher.probabilities(reading.final.flatten(0, 1)[lesson.taught])  # (n, V')
     total, weights = reading.final.new_zeros((), dtype=torch.float32), 0.0
-    for step, hidden in enumerate(outputs):
-        wanted, written = batch.drafted(step)
-        asked = written & known[wanted]
-        rows, anchors = asked.nonzero(as_tuple=True)
-        aim = probabilities[place[rows, anchors + 1 + step]]
-        scores = head.score(step, hidden[asked]).float()
-        loss = F.cross_entropy(scores, aim, reduction="sum") / max(len(rows), 1)
-        total = total + decay**step * loss
+    for step, hidden in enumerate(head.unroll(reading, len(lesson.steps))):
+        anchors, places = lesson.steps[step]
+        loss = _cross_entropy(hidden.flatten(0, 1)[anchors], head.lm_rows(step), probabilities, places)
+        total = total + decay**step * loss / max(len(anchors), 1)
         weights += decay**step
     return total / weights
 
 
-@torch.no_grad()
 def accepted_lengths(
     head: DraftHead, reading: Reading, batch: Batch, vocabulary: DraftVocabulary, gamma: int
 ) -> Tensor:

@@ -206,7 +206,7 @@ def _is_held_out(index: int) -> bool:
 
 
 def batch_rows(target: Target, length: int) -> int:
-    """How many texts to write at once: on a GPU what a quarter of the free memory holds, at most 512."""
+    """How many texts to write at once: on a GPU what a quarter of the free memory holds, at most 1,024."""
     config, device = target.decoder.config, target.decoder.device
     if device.type == "cpu":
         return 8
@@ -214,5 +214,5 @@ def batch_rows(target: Target, length: int) -> int:
         2 * config.num_layers * config.num_kv_heads * config.head_dim * target.decoder.weights.embedding.element_size()
     )
     free, _ = torch.cuda.mem_get_info(device)
-    rows = max(1, min(512, int(free / 4 / (slot * length))))
+    rows = max(1, min(1024, int(free / 4 / (slot * length))))
     return 1 << (rows.bit_length() - 1)

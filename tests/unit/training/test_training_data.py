@@ -278,7 +278,7 @@ class TestBatches:
             assert next(endless(texts, 9, 1, epoch, place)) == seen[done + 1]
 
     def test_padding(self) -> None:
-        batch = make_batch(texts_of([3, 9]), [1, 0], torch.device("cpu"))
+        batch = make_batch(texts_of([3, 9]), [1, 0])
         assert batch.token_ids.shape == (2, 16)
         assert batch.token_ids[1].tolist() == [0, 1, 2] + [0] * 13
         assert batch.lengths.tolist() == [9, 3]

@@ -279,5 +279,5 @@ def test_settings_out_of_range_are_named(field: str, value: float) -> None:
 
 def test_a_loss_that_is_not_finite_is_a_sentence(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashspec.training.fit, "draft_loss", lambda head, *_: torch.nan * head.fc.weight.sum())
-    with pytest.raises(FlashSpecError, match=r"the loss is nan at step 0: take a smaller learning rate than 0.005"):
+    with pytest.raises(FlashSpecError, match=r"the loss is nan after 1 steps: take a smaller learning rate than 0.005"):
         train(source, tmp_path / "head")

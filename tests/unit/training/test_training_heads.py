@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
-from flashspec.training.batches import Batch
+from flashspec.training.batches import Batch, Lesson
 from flashspec.training.features import Reading, default_feature_layers, feature_scales, hidden_states
 from flashspec.training.heads import DraftHead, Eagle3Head, HeadShape, MedusaHeads, TinyModel, following
 from flashspec.training.measure import Teacher, accepted_lengths, draft_loss, summarise, walk
@@ -181,8 +181,8 @@ class Fixed(DraftHead):
     def unroll(self, reading: object, steps: int) -> list[Tensor]:
         return [self.scores] * steps
 
-    def score(self, step: int, hidden: Tensor) -> Tensor:
-        return hidden
+    def lm_rows(self, step: int) -> Tensor:
+        return torch.eye(self.scores.shape[-1])
 
 
 def test_accepted_lengths_and_the_walk_along_a_text() -> None:
@@ -218,7 +218,7 @@ def test_the_loss_is_the_cross_entropy_to_the_target() -> None:
                     terms.append(-(aim[row, position - 1] * scores[row, anchor].log_softmax(-1)).sum())
         assert len(terms) == 5
         expected += 0.5**step * torch.stack(terms).mean() / 1.5
-    loss = draft_loss(Fixed(scores), reading, batch, teacher, 2, 0.5)
+    loss = draft_loss(Fixed(scores), reading, Lesson.of(batch, teacher.vocabulary.t2d, 2), teacher, 0.5)
     torch.testing.assert_close(loss, expected)
 
 
@@ -233,5 +233,5 @@ def test_what_lies_behind_a_row_changes_nothing(kind: type[DraftHead], tmp_path:
         text[0, 10:] = tail
         batch = Batch(text, torch.tensor([2, 2]), torch.tensor([10, 16]))
         reading = hidden_states(MODEL, text, [0, 1, 2])
-        losses.append(draft_loss(head, reading, batch, teacher, STEPS, 0.8).item())
+        losses.append(draft_loss(head, reading, Lesson.of(batch, teacher.vocabulary.t2d, STEPS), teacher, 0.8).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
