@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.training.rollouts import Rollouts
@@ -35,26 +36,28 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Which positions of a batch teach what, as indices into its B * T. taught: (n,), where the target's distribution
-    is wanted. steps: for each draft step its anchors (m,), and where in `taught` what it aims at stands (m,)."""
+    """What the draft steps of a batch are to say, as indices into its B * T.
 
-    taught: Tensor
-    steps: tuple[tuple[Tensor, Tensor], ...]
+    steps: for each step its anchors (m,), the positions whose next token they should say (m,), and what each counts
+    (m,) float32: 1, or 0 where an entry only fills up."""
+
+    steps: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, batch: Batch, known: Tensor, steps: int) -> Lesson:
-        """known: (V,) bool, the tokens that can be drafted: the others' positions count for nothing."""
-        taught = batch.drafted(-1)[1].flatten()  # the target's distribution at a position is of the token behind it
-        place = taught.cumsum(0) - 1
-        anchors = []
+    def of(cls, batch: Batch, known: Tensor, steps: int, multiple: int = 1) -> Lesson:
+        """known: (V,) bool, the tokens that can be drafted: the others' positions count for nothing. multiple: of which
+        every m is one."""
+        parts = []
         for step in range(steps):
             wanted, written = batch.drafted(step)
-            anchors.append((written & known[wanted]).flatten().nonzero()[:, 0])
-        return cls(taught.nonzero()[:, 0], tuple((at, place[at + 1 + step]) for step, at in enumerate(anchors)))
+            anchors = (written & known[wanted]).flatten().nonzero()[:, 0]
+            counts = F.pad(torch.ones(len(anchors)), (0, -len(anchors) % multiple))
+            anchors = F.pad(anchors, (0, len(counts) - len(anchors)))
+            parts.append((anchors, anchors + 1 + step, counts))
+        return cls(tuple(parts))
 
     def to(self, device: torch.device) -> Lesson:
-        steps = tuple((_sent(anchors, device), _sent(places, device)) for anchors, places in self.steps)
-        return Lesson(_sent(self.taught, device), steps)
+        return Lesson(tuple(tuple(_sent(part, device) for part in step) for step in self.steps))  # type: ignore[misc]
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

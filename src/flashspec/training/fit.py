@@ -20,7 +20,7 @@ from flashspec.training.batches import Lesson, endless, held_out_order, make_bat
 from flashspec.training.features import hidden_states
 from flashspec.training.files import read_tensors, write_tensors
 from flashspec.training.heads import DraftHead
-from flashspec.training.measure import Measure, Teacher, accepted_lengths, draft_loss, summarise, walk
+from flashspec.training.measure import CHUNK, Measure, Teacher, accepted_lengths, draft_loss, summarise, walk
 from flashspec.training.rollouts import Clock, Rollouts
 from flashspec.training.settings import Kind, Progress, Settings
 from flashspec.training.target import Target
@@ -65,8 +65,10 @@ class Fit:
         self.steps = 1 if settings.kind is Kind.TINY else settings.unroll
         self.device = target.decoder.device
         self.known = teacher.vocabulary.t2d.cpu()
+        self.multiple = 1  # of how many positions a draft step is taught at a time
         if decoding.available(self.device):
             head.compile()
+            self.multiple = CHUNK  # so that the loss is compiled once
         self.optimiser = torch.optim.AdamW(
             head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -137,7 +139,7 @@ class Fit:
     def _step(self, indices: list[int]) -> Tensor:
         """The loss, which nobody has waited for."""
         batch = make_batch(self.rollouts, indices)
-        lesson = Lesson.of(batch, self.known, self.steps).to(self.device)
+        lesson = Lesson.of(batch, self.known, self.steps, self.multiple).to(self.device)
         reading = hidden_states(self.target.decoder, batch.to(self.device).token_ids, self.feature_layers)
         with self._precision():
             loss = draft_loss(self.head, reading, lesson, self.teacher, self.settings.decay)
@@ -156,7 +158,7 @@ class Fit:
         gamma, decay = self.settings.gamma, self.settings.decay
         for indices in self.held_out:
             batch = make_batch(self.rollouts, indices)
-            lesson = Lesson.of(batch, self.known, self.steps).to(self.device)
+            lesson = Lesson.of(batch, self.known, self.steps, self.multiple).to(self.device)
             batch = batch.to(self.device)
             reading = hidden_states(self.target.decoder, batch.token_ids, self.feature_layers)
             with self._precision():

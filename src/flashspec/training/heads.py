@@ -113,24 +113,35 @@ class _Midlayer(nn.Module):
         self.hidden_norm, self.input_layernorm = nn.RMSNorm(size, eps), nn.RMSNorm(size, eps)
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         self.self_attn, self.mlp = _Attention(config, 2 * size), _Mlp(config)
+        self._before, self._after = self._queries_keys_values, self._rest
 
     def forward(
         self, embedded: Tensor, feature: Tensor, waves: Waves, earlier: _Entries | None, mask: Tensor
     ) -> tuple[Tensor, _Entries]:
         """embedded, feature: (B, T, hidden). mask: (T, S), over the entries of earlier steps and of this one. Returns
         the hidden states (B, T, hidden), and the entries with this step's."""
+        queries, keys, values = self._before(embedded, feature, waves)
+        if earlier is not None:
+            keys, values = torch.cat([earlier[0], keys], 1), torch.cat([earlier[1], values], 1)
+        return self._after(feature, attend(queries, keys, values, mask)), (keys, values)
+
+    def compile_parts(self) -> None:
+        """All but attention, whose shapes are too many to compile for."""
+        self._before, self._after = torch.compile(self._before), torch.compile(self._after)
+
+    def _queries_keys_values(self, embedded: Tensor, feature: Tensor, waves: Waves) -> tuple[Tensor, Tensor, Tensor]:
         c, attention = self.config, self.self_attn
         both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)  # (B, T, 2 hidden)
         queries, keys, values = (
             project(both).view(*feature.shape[:2], -1, c.head_dim)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        keys = rotated(keys, waves)
-        if earlier is not None:
-            keys, values = torch.cat([earlier[0], keys], 1), torch.cat([earlier[1], values], 1)
-        mixed = attend(rotated(queries, waves), keys, values, mask)
-        hidden: Tensor = feature + attention.o_proj(mixed)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), (keys, values)
+        return rotated(queries, waves), rotated(keys, waves), values
+
+    def _rest(self, feature: Tensor, mixed: Tensor) -> Tensor:
+        hidden: Tensor = feature + self.self_attn.o_proj(mixed)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
 
 
 class Eagle3Head(DraftHead):
@@ -168,7 +179,7 @@ class Eagle3Head(DraftHead):
         return outputs
 
     def compile(self) -> None:
-        self.midlayer.compile()
+        self.midlayer.compile_parts()
 
     def lm_rows(self, step: int) -> Tensor:
         return self._rows(self.lm_head)

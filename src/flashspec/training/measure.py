@@ -16,6 +16,8 @@ from flashspec.training.heads import DraftHead
 from flashspec.training.layers import compiled
 from flashspec.training.vocabulary import DraftVocabulary
 
+CHUNK = 4096  # positions whose scores are in memory at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -43,32 +45,28 @@ class Teacher:
     vocabulary: DraftVocabulary
     rows: Tensor
 
-    @torch.no_grad()
-    def probabilities(self, final: Tensor) -> Tensor:
-        """(n, hidden) -> (n, V') float32."""
-        return _probabilities(final, self.rows)
-
 
 @compiled
-def _probabilities(final: Tensor, rows: Tensor) -> Tensor:
-    return F.linear(final, rows).float().softmax(-1)
-
-
-@compiled
-def _cross_entropy(hidden: Tensor, rows: Tensor, probabilities: Tensor, places: Tensor) -> Tensor:
-    """Of what hidden (m, hidden) says to the probabilities at places (m,), summed."""
-    scores = F.linear(hidden, rows.to(hidden.dtype)).float()  # (m, V')
-    return F.cross_entropy(scores, probabilities[places], reduction="sum")
+def _cross_entropy(hidden: Tensor, rows: Tensor, final: Tensor, target_rows: Tensor, counts: Tensor) -> Tensor:
+    """Of what (n, hidden) says through rows (V', hidden), to what `final` says through target_rows; summed."""
+    with torch.no_grad():
+        aims = F.linear(final, target_rows).float().softmax(-1)  # (n, V')
+    scores = F.linear(hidden, rows.to(hidden.dtype)).float()
+    return (F.cross_entropy(scores, aims, reduction="none") * counts).sum()
 
 
 def draft_loss(head: DraftHead, reading: Reading, lesson: Lesson, teacher: Teacher, decay: float) -> Tensor:
     """Cross entropy of each draft step to the target's distribution at its position, deeper steps weighing less."""
-    probabilities = teacher.probabilities(reading.final.flatten(0, 1)[lesson.taught])  # (n, V')
-    total, weights = reading.final.new_zeros((), dtype=torch.float32), 0.0
+    final = reading.final.flatten(0, 1)
+    total, weights = final.new_zeros((), dtype=torch.float32), 0.0
     for step, hidden in enumerate(head.unroll(reading, len(lesson.steps))):
-        anchors, places = lesson.steps[step]
-        loss = _cross_entropy(hidden.flatten(0, 1)[anchors], head.lm_rows(step), probabilities, places)
-        total = total + decay**step * loss / max(len(anchors), 1)
+        hidden, rows = hidden.flatten(0, 1), head.lm_rows(step)
+        chunks = zip(*(torch.split(part, CHUNK) for part in lesson.steps[step]), strict=True)
+        losses = [
+            _cross_entropy(hidden.index_select(0, anchors), rows, final[places], teacher.rows, counts)
+            for anchors, places, counts in chunks
+        ]
+        total = total + decay**step * sum(losses) / lesson.steps[step][2].sum().clamp(min=1)
         weights += decay**step
     return total / weights
 

@@ -220,6 +220,8 @@ def test_the_loss_is_the_cross_entropy_to_the_target() -> None:
         expected += 0.5**step * torch.stack(terms).mean() / 1.5
     loss = draft_loss(Fixed(scores), reading, Lesson.of(batch, teacher.vocabulary.t2d, 2), teacher, 0.5)
     torch.testing.assert_close(loss, expected)
+    padded = Lesson.of(batch, teacher.vocabulary.t2d, 2, multiple=7)
+    torch.testing.assert_close(draft_loss(Fixed(scores), reading, padded, teacher, 0.5), expected)
 
 
 @pytest.mark.parametrize("kind", [Eagle3Head, MedusaHeads])
