@@ -164,7 +164,7 @@ class Fit:
             with self._precision():
                 loss = draft_loss(self.head, reading, lesson, self.teacher, decay)
                 accepted = accepted_lengths(self.head, reading, batch, self.teacher.vocabulary, gamma)
-            losses += [float(loss)] * len(indices)
+            losses += [float(loss.detach())] * len(indices)
             rows = zip(accepted.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True)
             taken += [count for row, start, length in rows for count in walk(row, start, length, gamma)]
         rates, length = summarise(taken, gamma)
