@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from fakes import MarkovModel, ScriptedDrafter
 from scipy import stats
+from small_models import decoder_of
 from statistics_of_text import g_test, joint_distribution
 from torch import Tensor
 
@@ -22,15 +23,18 @@ from flashspec.bandit import DraftSelector, make_selector
 from flashspec.config import SamplingConfig
 from flashspec.core import Arm, Draft, Verdict
 from flashspec.drafters.base import Drafter
+from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.early_exit import EarlyExitDrafter
 from flashspec.drafters.host import HostDrafter
+from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.ngram import NgramDrafter
 from flashspec.drafters.suffix import SuffixDrafter
 from flashspec.engine.loop import Run
 from flashspec.engine.state import DecodeState
 from flashspec.kernels import verify_logits
-from flashspec.sampling.sampler import make_sampler
+from flashspec.models.decoder import DecoderConfig
+from flashspec.sampling.sampler import Sampler, make_sampler
 
 ROWS = 12_000
 ALPHA = 0.01
@@ -79,10 +83,47 @@ class ReversedDrafter:
         return drawn[None], self.logprobs.expand(1, gamma, -1)
 
 
+class Trimmed(MarkovModel):
+    """Scores only the tokens of `part` (V',)."""
+
+    def __init__(self, model: MarkovModel, part: Tensor) -> None:
+        super().__init__(model.table)
+        self.part = part
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden)[..., self.part]
+
+
+def trimmed_drafters(draft: MarkovModel) -> dict[str, Drafter]:
+    """One of each kind that knows every other token. Medusa's blocks add nothing to what the target records."""
+    part = torch.arange(0, draft.vocab_size, 2)
+    model, blocks = Trimmed(draft, part), (torch.zeros(3, 2, 2), torch.zeros(3, 2))
+    medusa = MedusaHeads((blocks,), 2, score=model.logits, part=part)
+    return {
+        "trimmed": ModelDrafter(model, "trimmed", part),
+        "medusa": MedusaDrafter(medusa),
+        "eagle": EagleDrafter(random_eagle(draft.vocab_size, part), "eagle"),
+    }
+
+
+def random_eagle(vocab_size: int, part: Tensor) -> EagleHead:
+    generator = torch.Generator().manual_seed(9)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.5 * torch.randn(*shape, generator=generator)
+
+    waves, sizes = tuple(0.5**i for i in range(4)), (vocab_size, 16, 16, 2, 1, 8)
+    model = decoder_of(DecoderConfig(*sizes, max_context=512, norm_eps=1e-5, inv_freq=waves, windows=(None,)), normal)
+    layer = replace(model.weights.layers[0], qkv=normal(32, 32))
+    weights = replace(model.weights, layers=(layer,), lm_head=normal(len(part), 16))
+    return EagleHead(model.config, weights, Fusion((1,), normal(16, 2), 1 + normal(16), part))
+
+
 def make_drafters(draft: MarkovModel) -> dict[str, Drafter]:
     vocab_size = draft.vocab_size
     return {
         "model": ModelDrafter(draft),
+        **trimmed_drafters(draft),
         "ngram": NgramDrafter(),
         "suffix": SuffixDrafter(),
         "early-exit": EarlyExitDrafter(1),
@@ -106,12 +147,17 @@ class Case:
 
 KINDS = ("random", "nearly equal", "equal", "disjoint", "peaked")
 MIXED = ("plain", "model:1", "model:3", "ngram:2", "suffix:4", "early-exit:2", "scripted:3")
+TRANSFORMS: dict[str, dict[str, object]] = {
+    "hot": {"temperature": 1.7},
+    "cuts": {"top_k": 3, "top_p": 0.9, "min_p": 0.05},
+    "bias": {"logit_bias": {0: 1.5, 3: -2.0}},
+    "penalties": {"presence_penalty": 1.0, "repetition_penalty": 1.5},
+    "coupled": {"variant": "coupled"},
+}
+HEADS = ("plain", "trimmed:3", "medusa:2", "eagle:3", "trimmed:1", "eagle:1")
 CASES = [
     Case("plain", ("plain",)),
-    *(
-        Case(f"model {kind}", ("model:2",), kind=kind)
-        for kind in ("random", "nearly equal", "equal", "disjoint", "peaked")
-    ),
+    *(Case(f"model {kind}", ("model:2",), kind=kind) for kind in KINDS),
     *(Case(f"model gamma {gamma}", (f"model:{gamma}",), count=4, vocab_size=4) for gamma in (1, 3, 4)),
     Case("wide vocabulary", ("model:2",), vocab_size=16, count=2),
     *(Case(f"temperature {t}", ("model:3",), {"temperature": t}) for t in (0.3, 1.7)),
@@ -125,6 +171,9 @@ CASES = [
     Case("logit bias", MIXED, {"logit_bias": {0: 1.5, 3: -2.0}}),
     *(Case(f"drafter {name}", (arm,)) for name, arm in (("ngram", "ngram:3"), ("suffix", "suffix:4"))),
     *(Case(f"drafter {name}", (arm,)) for name, arm in (("early exit", "early-exit:3"), ("scripted", "scripted:3"))),
+    *(Case(f"trimmed {kind}", ("trimmed:2",), kind=kind) for kind in KINDS),
+    *(Case(f"trimmed heads, {name}", HEADS, settings) for name, settings in TRANSFORMS.items()),
+    *(Case(f"trimmed {arm}", (arm,), count=4, vocab_size=4) for arm in ("medusa:3", "eagle:1", "eagle:4")),
     Case("drafter with generate_draft", ("host:2",), rows=10_000),
     Case("arms at random", MIXED, count=4, vocab_size=4),
     Case("arms adaptively", MIXED, count=4, vocab_size=4, selector="thompson"),
@@ -207,6 +256,29 @@ def forgets_to_renormalise(target, token_ids, draft_lengths, draft, *rest):  # t
 def test_wrong_verifiers_are_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(sampler_module, "verify_logits", wrong)
     assert p_value(Case("wrong", ("model:3",))) < 1e-9
+
+
+def gives_mass_to_what_is_never_drafted(chosen, weights, token_ids):  # type: ignore[no-untyped-def]
+    outside = [token for token in range(weights.shape[1]) if token not in token_ids]
+    weights[:, outside] = weights.amax(1, keepdim=True)
+    return chosen
+
+
+def forgets_to_map_back(chosen, weights, token_ids):  # type: ignore[no-untyped-def]
+    return (token_ids == chosen[:, None]).long().argmax(1)
+
+
+@pytest.mark.parametrize("wrong", [gives_mass_to_what_is_never_drafted, forgets_to_map_back])
+@pytest.mark.parametrize("arm", ["trimmed:3", "medusa:3", "eagle:3"])
+def test_wrong_trimmed_drafts_are_caught(arm: str, wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    right = Sampler.draw_part
+
+    def draw_part(self, logits, positions, weights, token_ids, vocab_size):  # type: ignore[no-untyped-def]
+        chosen, finite = right(self, logits, positions, weights, token_ids, vocab_size)
+        return wrong(chosen, weights, token_ids), finite
+
+    monkeypatch.setattr(Sampler, "draw_part", draw_part)
+    assert p_value(Case("wrong", (arm,))) < 1e-9
 
 
 def verdict_of(weights: Tensor, draft: Draft) -> Verdict:

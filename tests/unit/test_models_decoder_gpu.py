@@ -64,6 +64,8 @@ def test_few_tokens_are_what_the_decoder_says(changes: dict, queries: int, monke
     hidden = few.forward(tokens, positions, ours, None)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(few.logits(hidden), model.logits(expected), rtol=1e-4, atol=1e-4)
+    last = few.logits(hidden[:, -1])  # strides over tokens
+    torch.testing.assert_close(last, model.logits(expected[:, -1]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.keys, cache.keys, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.values, cache.values, rtol=1e-4, atol=1e-5)
 

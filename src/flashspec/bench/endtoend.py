@@ -9,12 +9,13 @@ from statistics import median
 from typing import Any
 
 from flashspec.bench import report
-from flashspec.bench.methods import HF_DTYPES, Method, Setup, Take, make_method
+from flashspec.bench.methods import HF_DTYPES, Method, Setup, Take, is_arm, make_method
 from flashspec.bench.prompts import SMALL, load_prompts
 from flashspec.bench.provenance import provenance
 from flashspec.config import default_device
 from flashspec.core import FlashSpecError
 from flashspec.engine import DEFAULT_DRAFTERS
+from flashspec.metrics import AcceptanceTracker
 from flashspec.metrics.arms import summarise_arms
 
 DEFAULT_METHODS = ("hf-float32", "hf-bfloat16", "plain", "auto")
@@ -41,7 +42,9 @@ def run(
     with CSV and plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's
     figures are medians over its batches, speed-ups medians of per-batch ratios. speedup_vs_hf is over the fastest of
     transformers' plain and compiled generate; null where the other side of a ratio was not among the methods.
-    device None: what the machine has. shape: widen the target to it."""
+    acceptance_per_position: of the draft tokens at each position, the share that was accepted. device None: what the
+    machine has. drafters: names, ids, folders of models or heads, GGUF files. methods: as `make_method` has them.
+    shape: widen the target to it, and the heads with it."""
     single = [name for name in methods if name in ("hf-lookup", "hf-assisted")]
     if single and max(batch_sizes) > 1:
         raise FlashSpecError(f"method {single[0]!r} decodes one prompt at a time: leave it out, or batch size 2 and up")
@@ -51,7 +54,7 @@ def run(
     sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
     encoded = {found.name: [_encode(prompt, setup) for prompt in found.prompts] for found in sets}
     longest = max(len(prompt) for found in encoded.values() for prompt in found)
-    setup = replace(setup, room=longest + max_new_tokens)
+    setup = replace(setup, room=longest + max_new_tokens, arms=tuple(name for name in methods if is_arm(name)))
     made = {name: make_method(name, setup) for name in methods}
     rows = []
     for name, found in encoded.items():
@@ -59,7 +62,7 @@ def run(
             rows += summarise(name, *_decode(name, batches(found, size), made, progress), size)
     settings = {
         "target": setup.loaded.name,
-        "drafters": list(drafters),
+        "drafters": [setup.short(name) for name in drafters],
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "dtype": dtype,
@@ -120,6 +123,7 @@ def summarise(
             "tokens_per_second": round(median(take.tokens_per_second for take in found), 2),
             "first_call_seconds": round(first[name], 3),
             "acceptance_length": _acceptance_length(found),
+            "acceptance_per_position": _acceptance_per_position(found),
             "speedup_vs_plain": _speedup(found, plain),
             "speedup_vs_hf": _speedup(found, best),
             "same_text_as_hf_float32": _agreement(found, reference),
@@ -145,6 +149,16 @@ def _acceptance_length(takes: list[Take]) -> float | None:
         if take.steps
     ]
     return round(median(lengths), 3) if lengths else None
+
+
+def _acceptance_per_position(takes: list[Take]) -> list[float] | None:
+    drafts = [row for take in takes for step in take.steps for row in step.rows if row.drafted]
+    if not drafts:
+        return None
+    tracker = AcceptanceTracker(max(row.drafted for row in drafts))
+    for row in drafts:
+        tracker.record(row.accepted, row.drafted)
+    return [round(share, 3) for share in tracker.per_position]
 
 
 def _agreement(takes: list[Take], reference: list[Take] | None) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,12 @@ import torch
 from flashspec.bench.baselines import llama_twin
 from flashspec.bench.widen import widened_model
 from flashspec.config import BanditConfig, FlashSpecConfig, SamplingConfig
-from flashspec.core import FlashSpecError, StepRecord
+from flashspec.core import Arm, FlashSpecError, StepRecord
+from flashspec.drafters import Drafter, list_drafters
+from flashspec.drafters.heads import head_kind, is_head
 from flashspec.engine import SpeculativeEngine
+from flashspec.engine.arms import make_drafter
+from flashspec.models.base import LanguageModel
 from flashspec.models.loading import LoadedModel, hf_reference, load_model
 
 SELECTORS = ("auto", "ucb1", "thompson")
@@ -45,17 +51,20 @@ Method = Callable[[list[list[int]]], Take]  # a batch of prompt ids in
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every method of a run shares. reference: the target as a transformers model in some dtype. room: tokens that
-    the longest prompt and its answer take."""
+    """What every method of a run shares. drafters: as they were named. made: those that are no registered names, by the
+    name. reference: the target as a transformers model in some dtype. room: tokens that the longest prompt and its
+    answer take. arms: the methods of the run that are single arms."""
 
     drafters: tuple[str, ...]
+    made: dict[str, Drafter]
     loaded: LoadedModel
     reference: Callable[[torch.dtype], Any]
     device: str
     dtype: Any
-    max_new_tokens: int
-    temperature: float
+    max_new_tokens: int = 128
+    temperature: float = 0.0
     room: int = 0
+    arms: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -64,23 +73,80 @@ class Setup:
         drafters: Sequence[str],
         device: str,
         dtype: str,
-        max_new_tokens: int,
-        temperature: float,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
         progress: Progress | None = None,
         shape: str | None = None,
     ) -> Setup:
-        """With a shape the target is the named model, widened to it."""
+        """With a shape the target is the named model, widened to it, and so are its heads."""
         if shape is None:
             loaded = load_model(target, device=device, dtype=dtype, progress=progress)
-            reference = cache(lambda kind: hf_reference(target, kind).to(device))
+            setup = cls.of(loaded, drafters, device, dtype, cache(lambda kind: hf_reference(target, kind).to(device)))
         else:
-            loaded = widened_model(target, shape, device, dtype)
-            reference = cache(partial(llama_twin, loaded.model))
-        return cls(tuple(drafters), loaded, reference, device, dtype, max_new_tokens, temperature)
+            heads = [name for name in drafters if is_head(name)]
+            loaded, made = widened_model(target, shape, device, dtype, heads)
+            setup = cls.of(loaded, drafters, device, dtype, made=made)
+        return replace(setup, max_new_tokens=max_new_tokens, temperature=temperature)
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        drafters: Sequence[str],
+        device: str,
+        dtype: str,
+        reference: Callable[[torch.dtype], Any] | None = None,
+        made: Mapping[str, Drafter] | None = None,
+    ) -> Setup:
+        """Around a target that is there, and drafters that may be."""
+        ready = dict(made or {})
+        for name in drafters:
+            if name not in ready and name not in list_drafters():
+                ready[name] = make_drafter(name, loaded.model, partial(_load, device=device, dtype=dtype))
+        reference = reference or cache(partial(llama_twin, loaded.model))
+        return cls(tuple(drafters), ready, loaded, reference, device, dtype)
+
+    def find(self, name: str) -> str:
+        """The drafter that an arm's name means: as it was named, its last part, a head's kind, or a registered name.
+        FlashSpecError where it means none, or several."""
+        found = [one for one in self.drafters if name in _names(one)]
+        if name in found or (not found and name in list_drafters()):
+            return name
+        if not found:
+            raise FlashSpecError(f"drafter {name!r} is unknown: add --drafter with its id, folder or GGUF file")
+        if len(found) > 1:
+            raise FlashSpecError(f"drafter {name!r} may be any of {', '.join(found)}: name one of these in full")
+        return found[0]
+
+    def short(self, drafter: str) -> str:
+        """The first of its names that no other drafter has."""
+        others = {name for one in self.drafters if one != drafter for name in _names(one)}
+        return next((name for name in _names(drafter) if name not in others), drafter)
+
+    def drafter(self, name: str) -> Any:
+        """What an engine takes for an arm's name, and calls by it."""
+        found = self.find(name)
+        if found not in self.made:
+            return found  # an instance of its own for every engine
+        drafter = copy(self.made[found])
+        drafter.name = name
+        return drafter
+
+
+def _names(drafter: str) -> list[str]:
+    """How an arm may call it, the shortest first."""
+    return [name for name in (head_kind(drafter), Path(drafter).name, drafter) if name]
+
+
+def is_arm(method: str) -> bool:
+    return method == "plain" or ":" in method
 
 
 def make_method(name: str, setup: Setup) -> Method:
-    """FlashSpecError for a name that is none of hf-*, plain, an arm, a selector."""
+    """FlashSpecError for a name that is none of hf-*, plain, an arm, a selector, a selector@arms.
+
+    A selector has its usual arms, of the run's drafters: `auto` the default ones, the published ones a drafter each at
+    gamma 4. With '@arms' it chooses among the methods of the run that are single arms."""
     on_gpu = setup.device.startswith("cuda")
     best = torch.bfloat16 if on_gpu else torch.float32
     if name in HF_DTYPES:
@@ -94,15 +160,24 @@ def make_method(name: str, setup: Setup) -> Method:
     if name == "hf-assisted":
         return _hugging_face(setup, best, assistant_model=_assistant(setup, best))
     if name in SELECTORS:
-        return _ours(_engine(setup, name, None), setup)
-    if name == "plain" or ":" in name:
-        return _ours(_engine(setup, "fixed", [name]), setup)
+        return _ours(_engine(setup, name, [setup.short(one) for one in setup.drafters], None), setup)
+    if is_arm(name):
+        return _ours(_engine_over(setup, "fixed", [name]), setup)
+    selector, _, over = name.partition("@")
+    if selector in SELECTORS and over == "arms":
+        if not setup.arms:
+            raise FlashSpecError(f"method {name!r} chooses among the arms of the run: name some, such as plain,ngram:4")
+        return _ours(_engine_over(setup, selector, setup.arms), setup)
     known = ", ".join([*HF_METHODS, "plain", *SELECTORS])
-    raise FlashSpecError(f"method {name!r} is unknown; there are {known}, and arms such as ngram:4")
+    raise FlashSpecError(f"method {name!r} is unknown; there are {known}, each selector with @arms, and arms: ngram:4")
 
 
-def _engine(setup: Setup, strategy: str, arms: list[str] | None) -> SpeculativeEngine:
-    """arms None: the published selectors have one arm a drafter, at gamma 4; `auto` its own default arms."""
+def _engine_over(setup: Setup, strategy: str, arms: Sequence[str]) -> SpeculativeEngine:
+    names = dict.fromkeys(Arm.parse(arm).drafter for arm in arms if arm != "plain")
+    return _engine(setup, strategy, list(names), arms)
+
+
+def _engine(setup: Setup, strategy: str, drafters: Sequence[str], arms: Sequence[str] | None) -> SpeculativeEngine:
     config = FlashSpecConfig(
         device=setup.device,
         dtype=setup.dtype,
@@ -110,9 +185,13 @@ def _engine(setup: Setup, strategy: str, arms: list[str] | None) -> SpeculativeE
         bandit=BanditConfig.model_validate({"strategy": strategy, "seed": 0}),
         sampling=SamplingConfig(temperature=setup.temperature, seed=0),
     )
-    drafters = setup.drafters if arms is None or arms == ["plain"] else [arms[0].rpartition(":")[0]]
-    named = [next((d for d in setup.drafters if d.endswith(name)), name) for name in drafters]
-    return SpeculativeEngine.from_pretrained(setup.loaded, named, config=config, arms=arms)
+    made = [setup.drafter(name) for name in drafters]
+    return SpeculativeEngine.from_pretrained(setup.loaded, made, config=config, arms=arms)
+
+
+def _load(source: Any, device: str, dtype: str) -> tuple[LanguageModel, str]:
+    found = load_model(source, device=device, dtype=dtype)
+    return found.model, found.name
 
 
 def _ours(engine: SpeculativeEngine, setup: Setup) -> Method:
@@ -128,6 +207,8 @@ def _ours(engine: SpeculativeEngine, setup: Setup) -> Method:
 
 def _assistant(setup: Setup, dtype: torch.dtype) -> Any:
     for drafter in setup.drafters:
+        if is_head(drafter):
+            continue
         try:
             return hf_reference(drafter, dtype).to(setup.device)
         except FlashSpecError:

@@ -15,11 +15,14 @@ from flashspec.bench.shapes import step_bytes
 from flashspec.bench.timing import Timer
 from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import Arm
+from flashspec.drafters import Drafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.engine import SpeculativeEngine
+from flashspec.engine.state import DecodeState
 from flashspec.models.base import LanguageModel
 from flashspec.models.decoder import Decoder
 from flashspec.models.loading import LoadedModel
+from flashspec.sampling.sampler import make_sampler
 
 Row = dict[str, Any]
 
@@ -132,6 +135,31 @@ class Bench:
             "rest_microseconds": None if rest is None else round(rest, 3),
         }
 
+    def draft(self, arm: Arm, drafter: Drafter, batch_size: int) -> Row:
+        """What it takes to draft, all but catching up: one launch on a GPU."""
+        model, prompts = self.target.model, self._prompts(batch_size).tolist()
+        config = SamplingConfig(temperature=self.temperature, seed=0)
+        sampler = make_sampler(config, prompts, [], model.vocab_size, 0, model.device)
+        state = DecodeState.create(prompts, [self.context] * batch_size, [], model, sampler)
+        with torch.inference_mode():
+            proposer = drafter.start(state)
+            state.prepare()
+            proposer.prepare(state)
+        state.bound = state.capacity  # as graphs have it
+
+        @torch.inference_mode()
+        def call(index: int) -> Any:
+            return proposer.propose(state, arm.length).token_ids
+
+        taken, spread = self.timer(call)
+        row = {"part": "draft", "method": "flashspec", "arm": str(arm), "batch_size": batch_size, "width": arm.length}
+        return row | {"microseconds": taken, "spread": spread}
+
+    def _prompts(self, batch_size: int) -> Tensor:
+        """Random tokens that leave room for an answer."""
+        shape = (batch_size, self.context - self.new_tokens)
+        return torch.randint(self.target.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
     def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], float | None]:
         """Of every step; and, on a CPU, the mean of what it spends in forwards."""
         config = FlashSpecConfig(
@@ -145,10 +173,9 @@ class Bench:
             target = replace(target, model=models[0])
             if isinstance(drafter, ModelDrafter):
                 models.append(Clocked(drafter.model))
-                drafter = ModelDrafter(models[1], drafter.name)
+                drafter = ModelDrafter(models[1], drafter.name, drafter.part)
         engine = SpeculativeEngine.from_pretrained(target, [drafter] if arm.length else [], config=config, arms=[arm])
-        shape = (batch_size, self.context - self.new_tokens)
-        prompts = torch.randint(engine.target.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        prompts = self._prompts(batch_size)
         engine.generate(prompts)  # captures, and warms up
         before = sum(model.seconds for model in models)
         steps = engine.generate(prompts).steps

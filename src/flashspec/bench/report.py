@@ -17,6 +17,7 @@ from flashspec.bench import plots
 Result = dict[str, Any]  # {"kind", "provenance", "settings", "rows"}
 Role = Literal["name", "speed", "time", "ratio", "note"]
 NAME: Role = "name"
+MOST_POSITIONS = 5  # of a draft, in a table; files hold them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ COLUMNS = {
         _name("batch_size", "batch"),
         Column("tokens_per_second", "tokens/s", "{:.1f}", "speed"),
         Column("acceptance_length", "tokens per forward", "{:.2f}", "note"),
+        Column("acceptance_per_position", "accepted by position", "{:.2f}", "note"),
         Column("speedup_vs_plain", "vs plain", "{:.2f}x", "ratio"),
         Column("speedup_vs_hf", "vs hf", "{:.2f}x", "ratio"),
         Column("same_text_as_hf_float32", "same text", "{:.0%}", "note"),
@@ -93,10 +95,10 @@ def write(result: Result, path: Path) -> None:
     temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     os.replace(temporary, path)
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        keys = {key: None for row in result["rows"] for key, value in row.items() if not isinstance(value, list)}
-        writer = csv.DictWriter(file, list(keys), extrasaction="ignore", lineterminator="\n")
+        rows = [{key: _flat(value) for key, value in row.items() if key != "arms"} for row in result["rows"]]
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(result["rows"])
+        writer.writerows(rows)
     plots.draw(kind_of(result), result, path.with_suffix(".png"))
 
 
@@ -115,7 +117,7 @@ def cells(result: Result) -> tuple[list[Column], list[list[str]]]:
     filled = [
         column
         for column in COLUMNS[kind_of(result)]
-        if {row.get(column.key) for row in result["rows"]} - {None, 1 if column.key == "batch_size" else None}
+        if any(row.get(column.key) not in (None, 1 if column.key == "batch_size" else None) for row in result["rows"])
     ]
     return filled, [[_number(row.get(column.key), column.form) for column in filled] for row in result["rows"]]
 
@@ -190,5 +192,12 @@ def _summary(row: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _number(value: float | str | None, form: str) -> str:
+def _number(value: float | str | list[float] | None, form: str) -> str:
+    if isinstance(value, list):
+        shown = [form.format(part) for part in value[:MOST_POSITIONS]]
+        return " ".join(shown + ["…"] * (len(value) > MOST_POSITIONS))
     return "" if value is None else form.format(value)
+
+
+def _flat(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

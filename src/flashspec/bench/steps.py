@@ -11,16 +11,17 @@ import torch
 from flashspec.bench import report
 from flashspec.bench.baselines import llama_twin
 from flashspec.bench.cases import dtype_name
+from flashspec.bench.methods import Setup
 from flashspec.bench.parts import Bench, Row
 from flashspec.bench.provenance import provenance
 from flashspec.bench.shapes import DRAFTER_SHAPES, find_shape, random_decoder, shape_config
 from flashspec.bench.timing import copy_bandwidth, make_timer
-from flashspec.bench.widen import widened_model
 from flashspec.config import default_device
 from flashspec.core import Arm, FlashSpecError
+from flashspec.drafters import Drafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.embedded import Progress, silent
-from flashspec.models.loading import LoadedModel, load_model
+from flashspec.models.loading import LoadedModel
 
 ARMS = ("plain", "ngram:1", "ngram:2", "ngram:4", "ngram:8", "ngram:16", "early-exit:4")
 BASELINES = ("transformers-eager", "transformers-graph", "transformers-compiled")
@@ -67,22 +68,25 @@ def run(
     output: Path | None = None,
     progress: Progress | None = None,
     plan: Plan = DEFAULT,
+    drafters: Sequence[str] = (),
 ) -> report.Result:
     """Returns {"kind", "provenance", "settings", "rows"}, written to `output` with CSV and plot beside it.
 
     The target is a model; with a shape that model widened, or random weights of the shape where `random` says so.
     Forwards are timed inside CUDA graphs on a GPU, by the clock on a CPU; MBU is the weights' bytes over the time, as a
-    share of the bandwidth that a copy reached in this run. A baseline that transformers cannot run is left out, and
+    share of the bandwidth that a copy reached in this run. drafters: models and heads that arms may name; what each of
+    them takes to draft is measured by itself too. A baseline that transformers cannot run is left out, and
     the settings say why."""
     tell, device = progress or silent, device or default_device()
     origin = provenance(device)
     tell("making the target", None)
-    loaded = _target(target, shape, random, device, dtype)
+    setup = _setup(target, drafters, shape, random, device, dtype)
+    loaded = setup.loaded
     clock = make_timer("cpu", max(replays // 5, 1), calls)
     timer = make_timer(device, replays, calls) if device.startswith("cuda") else clock
     bandwidth = copy_bandwidth(device, timer, COPY_ELEMENTS[torch.device(device).type])
     bench = Bench(loaded, device, timer, clock, calls, bandwidth, context, new_tokens, temperature)
-    rows, missing = list(_ours(bench, plan, tell)), list[str]()
+    rows, missing = list(_ours(bench, setup, plan, tell)), list[str]()
     rows += _baselines(bench, plan, missing, tell)
     settings = {
         "target": loaded.name,
@@ -100,21 +104,21 @@ def run(
     return result
 
 
-def _target(target: str | LoadedModel, shape: str | None, random: bool, device: str, dtype: str) -> LoadedModel:
+def _setup(
+    target: str | LoadedModel, drafters: Sequence[str], shape: str | None, random: bool, device: str, dtype: str
+) -> Setup:
     if isinstance(target, LoadedModel):
-        return target
-    if shape is None:
-        return load_model(target, device=device, dtype=dtype)
-    if not random:
-        return widened_model(target, shape, device, dtype)
+        return Setup.of(target, drafters, device, dtype)
+    if not (shape and random):
+        return Setup.load(target, drafters, device, dtype, shape=shape)
     found = find_shape(shape)
     auto = "bfloat16" if device.startswith("cuda") else "float32"
     kind: torch.dtype = getattr(torch, auto if dtype == "auto" else dtype)
     model = random_decoder(shape_config(found), kind, torch.device(device))
-    return LoadedModel(model, None, (), f"{found.title}-shaped (random weights)")
+    return Setup.of(LoadedModel(model, None, (), f"{found.title}-shaped (random weights)"), drafters, device, dtype)
 
 
-def _ours(bench: Bench, plan: Plan, tell: Progress) -> Iterator[Row]:
+def _ours(bench: Bench, setup: Setup, plan: Plan, tell: Progress) -> Iterator[Row]:
     target, model = bench.target.name, bench.target.model
     arms = [Arm.parse(name) for name in plan.arms]
     widths = {1, *plan.widths, *(arm.length + 1 for arm in arms)}
@@ -126,7 +130,12 @@ def _ours(bench: Bench, plan: Plan, tell: Progress) -> Iterator[Row]:
             yield bench.forward(model, target, batch_size, width, "forward")
         for arm in arms:
             tell(f"steps of {arm}", None)
-            yield bench.step(arm, arm.drafter, batch_size)
+            named = setup.drafter(arm.drafter) if arm.length else None
+            if isinstance(named, ModelDrafter):
+                yield bench.forward(named.model, named.name, batch_size, 1, "drafter")
+            if isinstance(named, Drafter):
+                yield bench.draft(arm, named, batch_size)
+            yield bench.step(arm, named, batch_size)
         for name in plan.drafter_sizes:
             tell(f"a drafter of {name}", None)
             config = shape_config(DRAFTER_SHAPES[name], model.vocab_size, model.max_context)

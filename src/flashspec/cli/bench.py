@@ -38,6 +38,14 @@ output_option = click.option(
 )
 
 
+drafter_option = click.option(
+    "--drafter",
+    "drafters",
+    multiple=True,
+    help="As in 'flashspec generate'; an arm calls it by its last part, a head by its kind, too. Repeatable.",
+)
+
+
 @click.group(no_args_is_help=False)
 def bench() -> None:
     """Measure speed and write it down with its provenance."""
@@ -46,7 +54,7 @@ def bench() -> None:
 @bench.command()
 @model_options
 @click.option("--shape", type=SHAPES, help="Widen the target: its text, at the cost of a model of that shape.")
-@click.option("--drafter", "drafters", multiple=True, help="As in 'flashspec generate'. Repeatable.")
+@drafter_option
 @click.option(
     "--prompts",
     multiple=True,
@@ -58,7 +66,8 @@ def bench() -> None:
     default="hf-float32,hf-bfloat16,plain,auto",
     show_default=True,
     callback=_words,
-    help="Also hf-compiled (on a GPU), hf-lookup, hf-assisted, ucb1, thompson, and arms such as ngram:4.",
+    help="Also hf-compiled (on a GPU), hf-lookup, hf-assisted, arms such as ngram:4 or eagle3:4, and the selectors "
+    "ucb1 and thompson; auto@arms, ucb1@arms and thompson@arms choose among the arms of this list.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="So many prompts of each file.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -87,6 +96,7 @@ def kernels(**options: Any) -> None:
 @bench.command()
 @model_options
 @click.option("--shape", type=SHAPES, help="Widen the target to it.")
+@drafter_option
 @click.option("--random", is_flag=True, help="Random weights of the shape, in place of a widened target.")
 @click.option("--widths", default="1,2,5,9,17", show_default=True, callback=_numbers, help="Tokens a forward.")
 @batch_size_option

@@ -9,21 +9,19 @@ target's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.core import FlashSpecError
 from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
-from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
+from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads, score_by
 from flashspec.drafters.model import ModelDrafter
-from flashspec.kernels import decoding
 from flashspec.models.base import LanguageModel, SharesVocabulary, Vocabulary
 from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
@@ -50,10 +48,15 @@ def target_hash(vocabulary: Vocabulary) -> str | None:
 
 def is_head(source: Any) -> bool:
     """Whether it is a folder with a head in it."""
+    return head_kind(source) is not None
+
+
+def head_kind(source: Any) -> str | None:
+    """Of a folder with a head in it: of KINDS, if all is well; None for anything else."""
     if not isinstance(source, str | Path):
-        return False
+        return None
     path = Path(source).expanduser() / "config.json"
-    return path.is_file() and _kind(read_json(path)) is not None
+    return _kind(read_json(path)) if path.is_file() else None
 
 
 def load_head(folder: Path, target: LanguageModel, name: str) -> Drafter:
@@ -187,16 +190,7 @@ def _medusa(head: _Head, name: str) -> Drafter:
         return MedusaDrafter(MedusaHeads(blocks, layer, lm_heads=own, part=part), name)
     if part is None:
         return MedusaDrafter(MedusaHeads(blocks, layer, score=target.logits), name)
-    return MedusaDrafter(MedusaHeads(blocks, layer, score=_score_of(head.scorer(size)), part=part), name)
-
-
-def _score_of(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """(..., hidden) -> (..., V') float32 over rows (V', hidden) of an LM head."""
-    if decoding.available(rows.device) and rows.shape[1] % 16 == 0:
-        from flashspec.models.decoder_gpu import Product
-
-        return Product(rows, torch.float32)
-    return lambda x: F.linear(x, rows).float()
+    return MedusaDrafter(MedusaHeads(blocks, layer, score=score_by(head.scorer(size)), part=part), name)
 
 
 def _tiny(head: _Head, name: str) -> Drafter:

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.chain import with_features, write_chain
+from flashspec.kernels import decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,15 @@ class MedusaHeads:
             return torch.bmm(ahead, self.lm_heads[:count].mT).float()
         assert self.score is not None
         return self.score(ahead)
+
+
+def score_by(lm_head: Tensor) -> Callable[[Tensor], Tensor]:
+    """(..., hidden) -> (..., V') float32 by rows (V', hidden) of an LM head."""
+    if decoding.available(lm_head.device) and lm_head.shape[1] % 16 == 0:
+        from flashspec.models.decoder_gpu import Product
+
+        return Product(lm_head, torch.float32)
+    return lambda hidden: F.linear(hidden, lm_head).float()
 
 
 class MedusaDrafter(Drafter):

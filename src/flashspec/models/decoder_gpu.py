@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, linear
-from flashspec.kernels.decoding import MOST_TOKENS
+from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS
 from flashspec.kernels.tiling import tiling_of
 from flashspec.models.base import Features, KVCache
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
-
-MOST_QUERIES = 32  # a row; with more, PyTorch's attention is as fast
-MOST_ROWS_AND_QUERIES = 1024
 
 
 def fits(config: DecoderConfig) -> bool:
@@ -49,7 +46,7 @@ class Product:
         if not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
             return F.linear(x, self._weight, self._bias).to(self._dtype)
         self.tune()
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # a view of every row's last token is not
         return linear.project(rows, self._weight, self._bias, None, 0.0, self._dtype).view(*x.shape[:-1], -1)
 
 

@@ -32,7 +32,9 @@ def test_kernels(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
 
 def test_steps(asked: dict[str, Any]) -> None:
     options = ["--shape", "8b", "--random", "--widths", "1,5", "--batch-size", "1, 8", "--arms", "", "--context", "512"]
+    options += ["--drafter", "heads/eagle3", "--drafter", "heads/medusa"]
     assert run(["bench", "steps", *options, "--drafter-sizes", "30m", "--baselines", "transformers-graph"]) == 0
+    assert asked["drafters"] == ("heads/eagle3", "heads/medusa")
     assert asked["plan"] == Plan([1, 5], [1, 8], [], ["30m"], ["transformers-graph"])
     assert (asked["shape"], asked["random"], asked["context"]) == ("8b", True, 512)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import MarkovModel
+from small_heads import LAYERS, VOCAB, write_eagle, write_medusa
 from small_models import llama
 
 from flashspec.bench import endtoend, methods
@@ -159,14 +160,89 @@ def test_transformers_speculates_for_one_row_only() -> None:
 
 def markov() -> Setup:
     loaded = LoadedModel(MarkovModel.random(8, 3), None, (), "markov")
-    return Setup(("suffix",), loaded, lambda dtype: None, "cpu", "auto", 6, 0.0)
+    return Setup(("suffix",), {}, loaded, lambda dtype: None, "cpu", "auto", 6, 0.0)
 
 
-@pytest.mark.parametrize("name", ["hf-float64", "nothing", "hf-assisted", "hf-compiled"])
+@pytest.mark.parametrize("name", ["hf-float64", "nothing", "hf-assisted", "hf-compiled", "auto@all", "best@arms"])
 def test_an_impossible_method_is_one_sentence(name: str) -> None:
     setup = markov()
     with pytest.raises(FlashSpecError, match=name):
         make_method(name, setup)
+
+
+def test_shares_accepted_by_position() -> None:
+    """Drafts of 3, 3 and 1 tokens, of which 2, 0 and 1 were accepted."""
+    rows = (RowStep(3, 2, 3), RowStep(3, 0, 1)), (RowStep(1, 1, 2), RowStep(0, 0, 1))
+    steps = tuple(StepRecord(Arm("ngram", 3), pair, 0.1) for pair in rows)
+    (row,) = summarise("set", {"ngram:3": [Take(((1, 2),), 1.0, steps)]}, {"ngram:3": 1.0})
+    assert row["acceptance_per_position"] == [0.667, 0.5, 0.0]
+    (row,) = summarise("set", {"plain": [take(4, 1.0, 4)]}, {"plain": 1.0})
+    assert row["acceptance_per_position"] is None
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> dict[str, str]:
+    return {
+        "target": save_target(tmp_path / "target"),
+        "eagle": str(write_eagle(tmp_path / "first")),
+        "medusa": str(write_medusa(tmp_path / "second")),
+    }
+
+
+def save_target(folder: Path) -> str:
+    llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=128).bfloat16().save_pretrained(folder)
+    return str(folder)
+
+
+TABLE = ["plain", "eagle3:2", "medusa:3", "first:1", "ngram:2", "ucb1@arms", "thompson@arms", "auto@arms", "auto"]
+
+
+@pytest.mark.parametrize("shape", [None, "wide"])
+def test_heads_by_folder_stand_in_one_table(
+    heads: dict[str, str], shape: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All write the target's text, widened or not; the selectors play every arm of the run."""
+    monkeypatch.setitem(SHAPES, "wide", Shape("wide", 192, 224, 12, 3, 32, LAYERS + 1, 320))
+    monkeypatch.setattr(endtoend, "_encode", lambda prompt, setup: [ord(c) % VOCAB for c in prompt])
+    (tmp_path / "set.txt").write_text("abcabc\nhello hello\n")
+    drafters = [heads["eagle"], heads["medusa"], "suffix"]
+    output = tmp_path / "result.json"
+    result = endtoend.run(
+        heads["target"],
+        drafters,
+        [tmp_path / "set.txt"],
+        TABLE,
+        max_new_tokens=24,
+        device="cpu",
+        dtype="float32",
+        shape=shape,
+        output=output,
+    )
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == TABLE and all(row["same_text_as_plain"] == 1.0 for row in rows.values())
+    assert result["settings"]["drafters"] == ["eagle3", "medusa", "suffix"]
+    assert {arm["arm"] for arm in rows["ucb1@arms"]["arms"]} == set(TABLE[:5])  # each once, first of all
+    assert {arm["arm"] for arm in rows["auto"]["arms"]} <= {
+        "plain", *(f"{name}:{length}" for name in ("eagle3", "medusa", "suffix") for length in (2, 4, 8, 16))
+    }  # fmt: skip
+    assert len(rows["eagle3:2"]["acceptance_per_position"]) == 2
+    assert heads["eagle"] not in output.read_text()  # no folder of a machine
+
+
+def test_a_name_that_means_two_drafters_or_none(heads: dict[str, str], tmp_path: Path) -> None:
+    other = str(write_eagle(tmp_path / "third"))
+    setup = Setup.load(heads["target"], [heads["eagle"], other], "cpu", "float32")
+    assert setup.find("third") == other and setup.find(other) == other and setup.find("ngram") == "ngram"
+    assert [setup.short(name) for name in (heads["eagle"], other)] == ["first", "third"]
+    with pytest.raises(FlashSpecError, match=r"drafter 'eagle3' may be any of .*first, .*third: name one of these"):
+        make_method("eagle3:4", setup)
+    with pytest.raises(FlashSpecError, match="drafter 'irst' is unknown: add --drafter"):
+        make_method("irst:4", setup)
+
+
+def test_a_selector_over_no_arms_is_one_sentence() -> None:
+    with pytest.raises(FlashSpecError, match="'auto@arms' chooses among the arms of the run: name some"):
+        make_method("auto@arms", markov())
 
 
 def test_the_arm_of_a_drafter_by_name() -> None:

@@ -59,6 +59,17 @@ def test_throughput_by_batch_size(tmp_path: Path, batch_sizes: list[int]) -> Non
     assert "arms" not in (tmp_path / "found.csv").read_text()
 
 
+def test_shares_by_position_are_cut_in_tables_and_whole_in_files(tmp_path: Path) -> None:
+    row = {"method": "eagle3:6", "prompts": "set", "n": 1, "tokens_per_second": 1.0, "arms": []}
+    shares = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    found = result("endtoend", [row | {"acceptance_per_position": shares}], target="small", max_new_tokens=8)
+    columns, rows = report.cells(found)
+    assert [column.heading for column in columns][-1] == "accepted by position"
+    assert rows[0][-1] == "0.90 0.80 0.70 0.60 0.50 …"
+    report.write(found, tmp_path / "found.json")
+    assert "0.9 0.8 0.7 0.6 0.5 0.4" in (tmp_path / "found.csv").read_text()
+
+
 def test_no_rows_no_plot(tmp_path: Path) -> None:
     plots.draw("kernels", result("kernels", [], copy_tb_per_second=1.0), tmp_path / "none.png")
     assert not list(tmp_path.iterdir())

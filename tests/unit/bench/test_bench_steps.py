@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_heads import LAYERS, PART, VOCAB, write_eagle, write_tiny
+from small_models import llama
 
 from flashspec.bench import parts, steps, timing
 from flashspec.bench.baselines import StaticForward, llama_twin
@@ -52,6 +54,33 @@ def test_a_run_has_every_part(small: None, tmp_path: Path) -> None:
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
     assert output.with_suffix(".png").exists() and output.with_suffix(".csv").exists()
     assert table(result).row_count == len(rows) == len(markdown(result).splitlines()) - 4
+
+
+def test_what_heads_take_to_draft(small: None, tmp_path: Path) -> None:
+    model = llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=128)
+    model.save_pretrained(tmp_path / "target")
+    folders = [str(write_eagle(tmp_path / "eagle")), str(write_tiny(tmp_path / "small", PART))]
+    plan = Plan([1], [1], ["eagle3:3", "small:2", "ngram:2"])
+    result = steps.run(
+        str(tmp_path / "target"),
+        context=64,
+        new_tokens=8,
+        replays=2,
+        calls=2,
+        device="cpu",
+        plan=plan,
+        drafters=folders,
+    )
+    parts = [(row["part"], row.get("arm"), row["width"]) for row in result["rows"] if row["part"] != "forward"]
+    assert parts == [
+        ("draft", "eagle3:3", 3),
+        ("step", "eagle3:3", 4),
+        ("drafter", "small", 1),
+        ("draft", "small:2", 2),
+        ("step", "small:2", 3),
+        ("step", "ngram:2", 3),
+    ]
+    assert all(row["microseconds"] > 0 for row in result["rows"])
 
 
 def fixed_timer(microseconds: float) -> timing.Timer:

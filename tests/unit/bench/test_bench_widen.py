@@ -154,7 +154,8 @@ def test_q_and_k_norms_are_refused() -> None:
 def test_by_name_it_keeps_the_tokenizer_and_says_what_it_is(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama().save_pretrained(tmp_path)
     monkeypatch.setitem(SHAPES, "wide", WIDE)
-    loaded = widened_model(str(tmp_path), "wide", "cpu", "float32")
+    loaded, heads = widened_model(str(tmp_path), "wide", "cpu", "float32")
+    assert not heads
     assert loaded.name == f"wide-shaped (widened {tmp_path.name})"
     assert loaded.model.dtype == torch.float32 and loaded.model.num_layers == 4
     with pytest.raises(FlashSpecError, match="shape '9b' is unknown"):

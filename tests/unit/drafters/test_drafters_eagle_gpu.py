@@ -1,0 +1,192 @@
+"""An EAGLE head's forward for few tokens on a GPU against the head itself, through Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import open_run
+from small_heads import PART, VOCAB, write_eagle, write_medusa, write_tiny
+from small_models import decoder_of, llama
+
+import flashspec.kernels
+from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
+from flashspec.drafters.heads import load_head
+from flashspec.drafters.medusa import MedusaDrafter
+from flashspec.kernels import TRITON_AVAILABLE, decoding, native_build
+from flashspec.models.base import Features, KVCache
+from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
+from flashspec.models.decoder import Decoder, DecoderConfig
+
+if not TRITON_AVAILABLE:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu does this on a GPU", allow_module_level=True)
+
+from flashspec.drafters.eagle_gpu import FewTokensHead, fits
+from flashspec.kernels import elementwise, linear, reference_decoder
+
+HIDDEN, TARGET_HIDDEN, PARTS, SLOTS = 32, 48, 21, 80
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "max_context": 128,
+    "norm_eps": 1e-2,  # so that a wrong one shows
+    "inv_freq": tuple(1 / 100 ** (i / 8) for i in range(8)),
+    "windows": (None,),
+}
+
+
+def head_of(**changes: Any) -> EagleHead:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    model = decoder_of(DecoderConfig(**{**SHAPE, **changes}), normal)
+    layer = replace(model.weights.layers[0], qkv=normal(128, 2 * HIDDEN))
+    weights = replace(model.weights, layers=(layer,), lm_head=normal(PARTS, HIDDEN))
+    fusion = Fusion((1, 2, 3), normal(HIDDEN, 3 * TARGET_HIDDEN), 1 + normal(HIDDEN), torch.arange(PARTS))
+    head = EagleHead(model.config, weights, fusion)
+    head._packed.clear()  # bfloat16 copies of its weights
+    return head
+
+
+def on_the_fast_path(head: EagleHead) -> EagleHead:
+    fast = EagleHead(head.config, head.weights, head.fusion)
+    fast._few_tokens = fast._fused = FewTokensHead(head.config, head.weights, head._inv_freq, head.fusion)
+    return fast
+
+
+def draft(head: EagleHead, rows: int, window: int) -> tuple[list[torch.Tensor], KVCache]:
+    """Logits of a window of text and of two draft tokens after it, over caches full of other things."""
+    generator = torch.Generator().manual_seed(1)
+    features = Features((1, 2, 3), torch.randn(rows, SLOTS, 3 * TARGET_HIDDEN, generator=generator))
+    tokens = torch.randint(0, 50, (rows, SLOTS), generator=generator)
+    cache = head.new_cache(rows, SLOTS)
+    cache.keys.normal_(generator=generator)
+    cache.values.normal_(generator=generator)
+    first = torch.arange(rows)[:, None] * 3 - 1  # row 0 begins at slot 0, twice over
+    slots = (first + torch.arange(window)).clamp(min=0)
+    fused = head.fuse(features, slots)
+    hidden = head.extend(tokens.gather(1, slots + 1), fused, slots, cache, SLOTS)
+    logits = [head.logits(hidden)]
+    for offset in (1, 2):
+        slots = first + window - 1 + offset
+        hidden = head.extend(logits[-1].argmax(-1)[:, None], hidden[:, None], slots, cache, SLOTS)
+        logits.append(head.logits(hidden))
+    return logits, cache
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "changes"),
+    [(1, 9, {}), (3, 4, {"qkv_bias": True, "output_bias": True, "rotary_scale": 1.3}), (17, 4, {})],
+    ids=["one row", "biases", "more than a product takes"],
+)
+def test_it_drafts_as_the_head_itself(
+    rows: int, window: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = head_of(**changes)
+    expected, cache = draft(head, rows, window)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found, ours = draft(on_the_fast_path(head), rows, window)
+    for ours_now, theirs in zip(found, expected, strict=True):
+        assert ours_now.shape == (rows, PARTS) and theirs.isfinite().all()
+        torch.testing.assert_close(ours_now, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.keys, cache.keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.values, cache.values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_norms_and_waves_in_one_launch_equal_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    table, hidden = torch.randn(11, 48), torch.randn(3, 48)
+    ids, positions = torch.tensor([[3, 10, 0]]), torch.tensor([[0, 1, 5000]])
+    arguments = ids, positions, table, torch.randn(48), hidden, torch.randn(48), torch.rand(6), 1.5, 0.1
+    both, waves = elementwise.join(*arguments)
+    expected = reference_decoder.join(*arguments)
+    torch.testing.assert_close(both, expected[0])
+    torch.testing.assert_close(waves, expected[1], rtol=0, atol=1e-6)
+    beyond = elementwise.join(torch.tensor([[-1, 11, 2**40]]), *arguments[1:])[0]
+    wanted = reference_decoder.join(torch.tensor([[0, 10, 10]]), *arguments[1:])[0]
+    torch.testing.assert_close(beyond, wanted)
+
+
+def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(linear, "tune", lambda weights, gated: measured.append(weights[0].data_ptr()))
+    head = head_of()
+    head_on_a_gpu = on_the_fast_path(head)
+    head_on_a_gpu.warm_up()
+    head_on_a_gpu.warm_up()
+    layer = head.weights.layers[0]
+    used = [layer.qkv, layer.output, layer.gate_up, layer.down, head.weights.lm_head, head.fusion.fc]
+    assert sorted(measured) == sorted(weight.data_ptr() for weight in used)
+
+
+TARGET = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=96)
+
+
+def target_before(monkeypatch: pytest.MonkeyPatch, fast: bool = True) -> Decoder:
+    """A target, and then heads that take this for a GPU if `fast`."""
+    config = decoder_config(TARGET.config.to_dict())
+    weights = decoder_weights(config, StateDict(TARGET.state_dict()), torch.device("cpu"), torch.float32)
+    target = Decoder(config, weights)
+    monkeypatch.setattr(decoding, "available", lambda device: fast)
+    return target
+
+
+def test_a_head_from_a_folder_takes_the_fast_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_eagle(tmp_path, PART)
+    drafter = load_head(folder, target_before(monkeypatch), "eagle")
+    assert isinstance(drafter, EagleDrafter) and isinstance(drafter.head._few_tokens, FewTokensHead)
+    assert fits(drafter.head.fusion) and not fits(replace(drafter.head.fusion, fc=torch.zeros(64, 3 * 40)))
+
+
+@pytest.mark.parametrize("part", [None, PART], ids=["whole", "trimmed"])
+def test_medusa_scores_by_few_token_products(
+    tmp_path: Path, part: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_medusa(tmp_path, own=False, part=part)
+    monkeypatch.setattr(decoding, "available", lambda device: True)
+    target = target_before(monkeypatch)
+    drafter = load_head(folder, target, "medusa")
+    assert isinstance(drafter, MedusaDrafter) and drafter.heads.score is not None
+    rows = target.weights.lm_head if part is None else target.weights.lm_head[part]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    projected: list[int] = []
+    project = linear.project
+    monkeypatch.setattr(linear, "project", lambda x, *rest: projected.append(len(x)) or project(x, *rest))
+    hidden = torch.randn(2, 64)
+    logits = drafter.heads.logits(hidden, 3)  # (3, 2, V')
+    assert projected == [6] and logits.dtype == torch.float32
+    ahead = hidden.expand(3, -1, -1)
+    for weight, bias in drafter.heads.blocks:
+        ahead = ahead + torch.nn.functional.silu(ahead @ weight[:3].mT + bias[:3, None])
+    torch.testing.assert_close(logits, ahead @ rows.T, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_of_every_head_accept_what_they_accept_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a temperature of 5 many drafts are accepted, and any other draft is another text."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(flashspec.kernels, "_use_triton", lambda device: False)  # the rest of a step by its twins
+    monkeypatch.setattr(native_build, "available", lambda: False)  # its weights would be bfloat16
+    folders = {"eagle": write_eagle(tmp_path / "eagle"), "tiny": write_tiny(tmp_path / "tiny", PART)}
+    folders["medusa"] = write_medusa(tmp_path / "medusa", own=False, part=PART)
+    arms = ["eagle:2", "medusa:2", "tiny:2"]
+
+    def decode(fast: bool) -> list[Any]:
+        target = target_before(monkeypatch, fast)
+        drafters = {name: load_head(folder, target, name) for name, folder in folders.items()}
+        run = open_run(target, [[3, 7, 1, 7], [31]], arms, drafters, 6, temperature=5.0, seed=3)
+        return [([row.token_ids for row in output.rows], output.record.rows) for output in run]
+
+    plain = decode(False)
+    assert sum(row.accepted for _, record in plain for row in record) > 2
+    assert decode(True) == plain
