@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.model import ModelDrafter
 from flashspec.engine.loop import Run
 from flashspec.models.base import Features, KVCache
+from flashspec.models.hf import HFModel
 from flashspec.models.loading import LoadedModel, load_model
 
 if not torch.cuda.is_available():
@@ -272,3 +274,66 @@ def test_other_models_are_captured_through_the_adapter(name: str, arms: list[str
         warnings.simplefilter("error", RuntimeWarning)  # what cannot be captured warns
         for _ in range(2):
             assert rows(engine.generate(PROMPTS, 60)) == expected
+
+
+ADAPTED = OTHERS | {
+    "mistral": lambda: tf.MistralForCausalLM(
+        tf.MistralConfig(
+            vocab_size=400,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=128,
+            sliding_window=100,
+            max_position_embeddings=512,
+        )
+    ),
+}
+WINDOWS = {"gpt2": (None,) * 3, "gpt-neox": (None,) * 3, "gemma2": (32, None, 32, None), "mistral": (100,) * 3}
+
+
+@torch.no_grad()
+def eager_logits(model: Any, token_ids: Tensor) -> Tensor:
+    model.set_attn_implementation("eager")
+    return model(token_ids, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("queries", [1, 5, 25], ids="q{}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_the_adapters_kernel_is_as_near_as_transformers(name: str, dtype: torch.dtype, queries: int) -> None:
+    model = randomised(ADAPTED[name]()).to(CUDA, dtype)
+    lm = HFModel(model)
+    assert lm._windows == WINDOWS[name]
+    ids = torch.randint(3, 400, (3, 350), generator=torch.Generator().manual_seed(2)).to(CUDA)
+    exact, theirs = eager_logits(copy.deepcopy(model).float(), ids), eager_logits(model, ids)
+    rounding = (theirs - exact).norm() / exact.norm()
+    cache, everywhere = lm.new_cache(3, 350), torch.arange(350, device=CUDA).expand(3, -1)
+    starts, positions = torch.tensor([[4], [126], [300]], device=CUDA), torch.empty_like(everywhere[:, :queries])
+    token_ids = torch.empty_like(positions)
+
+    def place(moved: int) -> Tensor:
+        lm.forward(ids, everywhere, cache, 350)  # by PyTorch: too many
+        positions.copy_(starts + moved + torch.arange(queries, device=CUDA))
+        token_ids.copy_(ids.gather(1, positions))
+        for row, first in enumerate(positions[:, 0].tolist()):  # nothing behind the text may be read
+            cache.keys[:, row, :, first:] = cache.values[:, row, :, first:] = float("nan")
+        return exact.gather(1, positions[..., None].expand(-1, -1, 400))
+
+    def step() -> Tensor:
+        return lm.logits(lm.forward(token_ids, positions, cache, 350))
+
+    def assert_near(logits: Tensor, expected: Tensor) -> None:
+        assert (logits - expected).norm() / expected.norm() < (1e-4 if dtype == torch.float32 else 2 * rounding)
+
+    expected = place(0)
+    assert_near(step(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for moved in (0, 3, 20):
+        expected = place(moved)
+        graph.replay()
+        assert_near(captured, expected)

@@ -81,6 +81,7 @@ class Attention:
         batch = len(lengths)
         self.positions = torch.tensor([range(n - queries, n) for n in lengths], device=DEVICE).clamp(0, capacity - 1)
         self.qkv = normal(batch * queries, (group + 2) * n_kv * dim, dtype=dtype)
+        self.sinks = normal(group * n_kv, scale=3.0).to(dtype)
         angles = normal(batch * queries, 1, dim // 2) * 3
         self.waves = torch.cat((angles.cos(), angles.sin()), 1).to(dtype).float()
         self.keys = normal(batch, n_kv, capacity, dim, dtype=dtype)
@@ -89,12 +90,14 @@ class Attention:
         for row, n in enumerate(lengths):  # what stands behind a text must not matter
             self.keys[row, :, n:] = self.values[row, :, n:] = math.nan
 
-    def run(self, attend, norm: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, attend, norm: bool, window: int | None, rotates: bool = True, **scoring
+    ) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = self.keys.clone(), self.values.clone()
         if attend is twin.attend:
             keys, values = keys.nan_to_num(), values.nan_to_num()
-        qk_norm = self.qk_norm if norm else None
-        out = attend(self.qkv, self.waves, self.positions, keys, values, qk_norm, 1e-5, window)
+        waves, qk_norm = self.waves if rotates else None, self.qk_norm if norm else None
+        out = attend(self.qkv, waves, self.positions, keys, values, qk_norm, 1e-5, window, **scoring)
         return out, keys.nan_to_num(), values.nan_to_num()
 
 
@@ -125,6 +128,41 @@ def test_attention_equals_its_twin(
         call.run(attention.attend, norm, window), call.run(twin.attend, norm, window), strict=True
     ):
         assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "queries", "capacity", "group", "dim", "window", "scoring"),
+    [
+        ([3, 131], 2, 140, 1, 64, None, {}),
+        ([3, 131], 2, 140, 3, 64, 5, {"scale": 0.3}),
+        ([129], 2, 140, 3, 96, None, {"softcap": 2.0}),
+        ([150], 9, 160, 4, 128, 128, {"softcap": 0.7, "scale": 0.05}),
+        ([4, 300], 1, 300, 2, 64, 20, {"sinks": True}),
+    ],
+)
+def test_attention_of_heads_that_are_rotated_already(
+    lengths: list[int],
+    queries: int,
+    capacity: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    scoring: dict,
+    dtype: torch.dtype,
+) -> None:
+    call = Attention(lengths, queries, capacity, group, dim, dtype)
+    scoring = scoring | ({"sinks": call.sinks} if "sinks" in scoring else {})
+    for actual, expected in zip(
+        call.run(attention.attend, False, window, rotates=False, **scoring),
+        call.run(twin.attend, False, window, rotates=False, **scoring),
+        strict=True,
+    ):
+        assert_near(actual, expected)
+    rows = torch.arange(len(lengths), device=DEVICE)[:, None]
+    heads = call.qkv.view(len(lengths), queries, -1, dim)
+    for written, first in zip(call.run(attention.attend, False, window, False, **scoring)[1:], (-4, -2), strict=True):
+        assert torch.equal(written.transpose(1, 2)[rows, call.positions], heads[:, :, first:][:, :, :2])
 
 
 def test_queries_that_share_the_last_slot() -> None:

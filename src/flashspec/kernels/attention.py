@@ -25,34 +25,61 @@ SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
 MOST_PACKED = 32  # queries times query heads a program; further tiles find the cache in L2
+LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _rotated(
-    heads_ptr,
-    waves_ptr,
-    norm_ptr,
-    head_at,
-    wave_at,
-    norm_at,
-    mask,
-    eps,
-    DIM: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """Both halves (rows, n) of the heads at head_at, normalised and rotated."""
-    HALF: tl.constexpr = DIM // 2
-    first = tl.load(heads_ptr + head_at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(heads_ptr + head_at + HALF, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(waves_ptr + wave_at, mask=mask, other=0.0)
-    sin = tl.load(waves_ptr + wave_at + HALF, mask=mask, other=0.0)
-    if HAS_NORM:
+def _rotated(qkv_ptr, waves_ptr, norm_ptr, tokens, heads, used, width, eps, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves (rows, HALF_PAD) of a head a row, normalised and rotated where norms and waves are given."""
+    half = tl.arange(0, HALF_PAD)[None, :]
+    mask = used[:, None] & (half < DIM // 2)
+    head_at, wave_at = (tokens * width + heads * DIM)[:, None] + half, (tokens * DIM)[:, None] + half
+    norm_at = (tl.zeros_like(tokens) + heads * DIM)[:, None] + half
+    first = tl.load(qkv_ptr + head_at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + head_at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    if waves_ptr is not None:
+        cos = tl.load(waves_ptr + wave_at, mask=mask, other=0.0)
+        sin = tl.load(waves_ptr + wave_at + DIM // 2, mask=mask, other=0.0)
+    if norm_ptr is not None:
         mean = tl.sum(first * first + second * second, 1) / DIM
         scale = tl.rsqrt(mean + eps)[:, None]
         first *= scale * tl.load(norm_ptr + norm_at, mask=mask, other=0.0).to(tl.float32)
-        second *= scale * tl.load(norm_ptr + norm_at + HALF, mask=mask, other=0.0).to(tl.float32)
-    dtype = heads_ptr.dtype.element_ty
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+        second *= scale * tl.load(norm_ptr + norm_at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    dtype = qkv_ptr.dtype.element_ty
+    if waves_ptr is None:
+        return first.to(dtype), second.to(dtype)
+    else:  # noqa: RET505 - Triton decides at compile time between the two
+        return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit
+def _write(
+    qkv_ptr,
+    waves_ptr,
+    norm_ptr,
+    keys_ptr,
+    values_ptr,
+    tokens,
+    heads,
+    slots,
+    used,
+    width,
+    n_kv,
+    eps,
+    DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Put the new keys and values of the tokens (QUERIES,) into the cache."""
+    first, second = _rotated(qkv_ptr, waves_ptr, norm_ptr, tokens, heads, used, width, eps, DIM, HALF_PAD)
+    half, dim = tl.arange(0, HALF_PAD), tl.arange(0, DIM_PAD)
+    in_half = used[:, None] & (half < DIM // 2)[None, :]
+    value_at = (tokens * width + (heads + n_kv) * DIM)[:, None] + dim[None, :]
+    value = tl.load(qkv_ptr + value_at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0)
+    half_at, dim_at = slots[:, None] * DIM + half[None, :], slots[:, None] * DIM + dim[None, :]
+    tl.store(keys_ptr + half_at, first, mask=in_half)
+    tl.store(keys_ptr + half_at + DIM // 2, second, mask=in_half)
+    tl.store(values_ptr + dim_at, value, mask=used[:, None] & (dim < DIM)[None, :])
 
 
 @triton.jit
@@ -63,6 +90,14 @@ def _cached(keys_ptr, values_ptr, slots, used, DIM: tl.constexpr, HALF_PAD: tl.c
     first = tl.load(keys_ptr + slots * DIM + half, mask=used & (half < DIM // 2), other=0.0)
     second = tl.load(keys_ptr + slots * DIM + half + DIM // 2, mask=used & (half < DIM // 2), other=0.0)
     return first, second, tl.load(values_ptr + slots * DIM + dim, mask=used & (dim < DIM), other=0.0)
+
+
+@triton.jit
+def _capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP)."""
+    fallen = tl.exp2(tl.abs(scores) * (-2 * 1.4426950408889634 / CAP))
+    size = CAP * (1 - fallen) / (1 + fallen)
+    return tl.where(scores < 0, -size, size)
 
 
 @triton.jit(do_not_specialize=["n_queries", "window"])
@@ -91,7 +126,7 @@ def _attend_kernel(
     THREADS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -124,21 +159,11 @@ def _attend_kernel(
     packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
     in_packed = packed < n_packed
     own = tl.load(positions_ptr + row * n_queries + packed // GROUP, mask=in_packed, other=-1).to(tl.int32)  # [PACKED]
-    half, dim = tl.arange(0, HALF_PAD), tl.arange(0, DIM_PAD)
-    in_half, in_dim = half < DIM // 2, dim < DIM
-    width = (n_kv * GROUP + 2 * n_kv) * DIM
+    dim, width = tl.arange(0, DIM_PAD), (n_kv * GROUP + 2 * n_kv) * DIM
+    in_dim = dim < DIM
     tokens, heads = row * n_queries + packed // GROUP, head * GROUP + packed % GROUP
     query_first, query_second = _rotated(
-        qkv_ptr,
-        waves_ptr,
-        norm_ptr,
-        (tokens * width + heads * DIM)[:, None] + half[None, :],  # [PACKED, HALF_PAD]
-        (tokens * DIM)[:, None] + half[None, :],
-        (heads * DIM)[:, None] + half[None, :],
-        in_packed[:, None] & in_half[None, :],
-        eps,
-        DIM,
-        HAS_NORM,
+        qkv_ptr, waves_ptr, norm_ptr, tokens, heads, in_packed, width, eps, DIM, HALF_PAD
     )
     top = tl.full([PACKED], float("-inf"), tl.float32)
     total = tl.zeros([PACKED], tl.float32)
@@ -149,32 +174,31 @@ def _attend_kernel(
         slots = begin + tl.arange(0, CHUNK)  # [CHUNK]
         here = (positions >= begin) & (positions < begin + CHUNK)  # [QUERIES]
         if tl.max(here.to(tl.int32)) > 0:
-            token, key_head = row * n_queries + query, n_kv * GROUP + head
-            in_new = here[:, None] & in_half[None, :]
-            new_first, new_second = _rotated(
+            _write(
                 qkv_ptr,
                 waves_ptr,
                 norm_ptr,
-                (token * width + key_head * DIM)[:, None] + half[None, :],  # [QUERIES, HALF_PAD]
-                (token * DIM)[:, None] + half[None, :],
-                (tl.zeros_like(token) + key_head * DIM)[:, None] + half[None, :],
-                in_new,
+                keys_ptr,
+                values_ptr,
+                row * n_queries + query,
+                n_kv * GROUP + head,
+                positions,
+                here,
+                width,
+                n_kv,
                 eps,
                 DIM,
-                HAS_NORM,
+                HALF_PAD,
+                DIM_PAD,
             )
-            value_at = (token * width + (key_head + n_kv) * DIM)[:, None] + dim[None, :]
-            new_value = tl.load(qkv_ptr + value_at, mask=here[:, None] & in_dim[None, :], other=0.0)
-            half_at, dim_at = positions[:, None] * DIM + half[None, :], positions[:, None] * DIM + dim[None, :]
-            tl.store(keys_ptr + half_at, new_first, mask=in_new)
-            tl.store(keys_ptr + half_at + DIM // 2, new_second, mask=in_new)
-            tl.store(values_ptr + dim_at, new_value, mask=here[:, None] & in_dim[None, :])
             tl.debug_barrier()
         key_first, key_second, value = _cached(keys_ptr, values_ptr, slots, slots <= last, DIM, HALF_PAD, DIM_PAD)
 
         # Slots are the rows of the scores, so that the number of queries never changes the matrix instruction.
         scores = tl.dot(key_first, tl.trans(query_first), input_precision="ieee")
         scores = tl.dot(key_second, tl.trans(query_second), scores, input_precision="ieee") * scale  # [CHUNK, PACKED]
+        if CAP is not None:
+            scores = _capped(scores, CAP)
         visible = slots[:, None] <= own[None, :]
         if WINDOWED:
             visible &= slots[:, None] > own[None, :] - window
@@ -200,6 +224,7 @@ def _combine_kernel(
     mixed_ptr,
     stats_ptr,
     positions_ptr,
+    sinks_ptr,
     out_ptr,
     n_queries,
     n_splits,
@@ -228,20 +253,30 @@ def _combine_kernel(
     total = tl.load(stats_ptr + place * 2 + 1, mask=used, other=0.0)
     at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
     mixed = tl.load(mixed_ptr + at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0)  # [SPLITS, DIM_PAD]
-    weights = tl.exp2(top - tl.max(top))
-    out = tl.sum(mixed * weights[:, None], 0) / tl.sum(total * weights)
-    tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
+    highest = tl.max(top)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        highest = tl.maximum(highest, sink)
+    weights = tl.exp2(top - highest)
+    out, whole = tl.sum(mixed * weights[:, None], 0), tl.sum(total * weights)
+    if sinks_ptr is not None:
+        whole += tl.exp2(sink - highest)
+    out = (out / whole).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out, mask=dim < DIM)
 
 
 def attend(
     qkv: Tensor,
-    waves: Tensor,
+    waves: Tensor | None,
     positions: Tensor,
     keys: Tensor,
     values: Tensor,
     qk_norm: Tensor | None,
     eps: float,
     window: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
@@ -250,36 +285,26 @@ def attend(
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
     packed = min(max(triton.next_power_of_2(queries * group), 16), MOST_PACKED)
-    mixed = torch.empty(batch, n_kv, n_splits, queries * group, dim, dtype=torch.float32, device=qkv.device)
-    stats = torch.empty(batch, n_kv, n_splits, queries * group, 2, dtype=torch.float32, device=qkv.device)
+    mixed, stats = (
+        torch.empty(batch, n_kv, n_splits, queries * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
+    )
     out = torch.empty(batch * queries, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
     overlap = overlaps(qkv.device)
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+    tensors = qkv, waves, positions, qk_norm, keys, values, mixed, stats
+    numbers = queries, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
     with torch.cuda.device_of(qkv):
         _attend_kernel[(n_splits, n_kv, batch * triton.cdiv(queries * group, packed))](
-            qkv,
-            waves,
-            positions,
-            qk_norm,
-            keys,
-            values,
-            mixed,
-            stats,
-            queries,
-            n_kv,
-            window or 0,
-            keys.stride(0),
-            keys.stride(1),
-            eps,
-            dim**-0.5 * math.log2(math.e),
+            *tensors,
+            *numbers,
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
             PACKED=packed,
-            THREADS=32 * WARPS,
             QUERIES=max(triton.next_power_of_2(queries), 2),
+            THREADS=32 * WARPS,
             CHUNK=chunk,
             CHUNKS=split // chunk,
-            HAS_NORM=qk_norm is not None,
+            CAP=softcap and softcap * LOG2_E,
             num_warps=WARPS,
             num_stages=1,
             **shared,
@@ -288,6 +313,7 @@ def attend(
             mixed,
             stats,
             positions,
+            sinks,
             out,
             queries,
             n_splits,

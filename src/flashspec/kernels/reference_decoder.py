@@ -35,22 +35,27 @@ def project_add(
 
 def attend(
     qkv: Tensor,
-    waves: Tensor,
+    waves: Tensor | None,
     positions: Tensor,
     keys: Tensor,
     values: Tensor,
     qk_norm: Tensor | None,
     eps: float,
     window: int | None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     heads = qkv.view(batch, queries, -1, dim)
     rotated, new_values = heads.tensor_split((heads.shape[2] - n_kv,), dim=2)
     if qk_norm is not None:
         rotated = F.rms_norm(rotated.float(), (dim,), eps=eps) * qk_norm
-    cos, sin = waves.view(batch, queries, 1, 2, dim // 2).unbind(3)
-    first, second = rotated.chunk(2, 3)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), 3).to(qkv.dtype)
+    if waves is not None:
+        cos, sin = waves.view(batch, queries, 1, 2, dim // 2).unbind(3)
+        first, second = rotated.chunk(2, 3)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), 3)
+    rotated = rotated.to(qkv.dtype)
     rows = torch.arange(batch, device=qkv.device)[:, None]
     keys.transpose(1, 2).index_put_((rows, positions), rotated[:, :, -n_kv:])
     values.transpose(1, 2).index_put_((rows, positions), new_values)
@@ -59,10 +64,17 @@ def attend(
     visible = slots <= positions[..., None]  # (B, Q, capacity)
     if window is not None:
         visible &= slots > positions[..., None] - window
-    out = F.scaled_dot_product_attention(
-        rotated[:, :, :-n_kv].transpose(1, 2), keys, values, attn_mask=visible[:, None], enable_gqa=True
-    )
-    return out.transpose(1, 2).reshape(batch * queries, -1)
+    grouped = rotated[:, :, :-n_kv].reshape(batch, queries, n_kv, -1, dim).permute(0, 2, 3, 1, 4)  # (B, K, G, Q, D)
+    scores = grouped.float() @ keys.float()[:, :, None].mT * (scale or dim**-0.5)  # (B, K, G, Q, capacity)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    if sinks is not None:
+        extra = sinks.float().view(n_kv, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, extra), -1)
+    weights = scores.softmax(-1)[..., :capacity]
+    out = weights @ values.float()[:, :, None]
+    return out.permute(0, 3, 1, 2, 4).reshape(batch * queries, -1).to(qkv.dtype)
 
 
 def embed(
