@@ -56,7 +56,7 @@ def test_ctrl_c_in_mid_stream(folder):
     assert process.returncode == 130
     assert len(first) == 20 and rest.endswith("\n")
     assert 0 < int(err.split(" tokens in ")[0].split()[-1]) < LONG
-    assert "suffix:16" in err and "Traceback" not in err
+    assert "suffix:15" in err and "Traceback" not in err
 
 
 def test_a_reader_that_leaves_is_no_fault(folder):

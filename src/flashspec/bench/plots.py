@@ -25,8 +25,8 @@ def draw(kind: str, result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     plot(axes, result)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=7, ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=3, frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -64,11 +64,12 @@ def _steps(axes: Any, result: dict[str, Any]) -> None:
         for row in result["rows"]
         if row["part"] != "drafter"
     ]
-    _lines(axes, rows, "width", "microseconds", "{part} {method} {drafter} batch {batch_size}")
+    batch = " batch {batch_size}" if len({row.get("batch_size", 1) for row in rows}) > 1 else ""
+    _lines(axes, rows, "width", "microseconds", "{part} {method} {drafter}" + batch)
     axes.set_title(result["settings"]["target"], fontsize=10)
     axes.set_xlabel("tokens a forward")
     axes.set_ylabel("microseconds")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
 
 
 def _lines(axes: Any, rows: list[Row], x: str, y: str, label: str, style: str = "o-") -> None:

@@ -77,13 +77,15 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, with '+' where files differ from it. Outside a checkout what FLASHSPEC_COMMIT says."""
+    """What FLASHSPEC_COMMIT says, else the source tree's commit, with '+' where files differ from it."""
+    if named := os.environ.get("FLASHSPEC_COMMIT"):
+        return named
     here = Path(__file__).parent
     try:
         commit = _output(["git", "rev-parse", "HEAD"], here)
         return commit + ("+" if _output(["git", "status", "--porcelain", "--untracked-files=no"], here) else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FLASHSPEC_COMMIT")
+        return None
 
 
 def _output(command: list[str], folder: Path | None = None) -> str:

@@ -64,7 +64,9 @@ class SuffixDrafter(Drafter):
 
     name = "suffix"
     on_host = True
-    lengths = (16,)  # it stops by itself where more tokens would not pay
+    # It stops by itself where more tokens would not pay. With the token before them, 16 tokens: as many as keep a
+    # token's bits the same, whatever shares its forward, on a GPU.
+    lengths = (15,)
 
     def __init__(self, min_match: int = 1, max_match: int = 6, remember: bool = False) -> None:
         if not 1 <= min_match <= max_match:

@@ -18,7 +18,8 @@ from flashspec.engine.step import step, verify
 from flashspec.models.base import LanguageModel
 from flashspec.sampling.sampler import Sampler
 
-WIDTHS = (0, 4, 8, 16, 32, 64)  # the columns of a draft that the host wrote, rounded up, so that few graphs are needed
+# The columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
+WIDTHS = (0, 3, 7, 15, 31, 63, 64)
 
 
 class Workspace:
