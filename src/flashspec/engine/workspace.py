@@ -18,7 +18,7 @@ from flashspec.engine.step import step, verify
 from flashspec.models.base import LanguageModel
 from flashspec.sampling.sampler import Sampler
 
-# The columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
+# Columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
 WIDTHS = (0, 3, 7, 15, 31, 63, 64)
 
 
