@@ -219,7 +219,7 @@ def test_bad_input_is_one_sentence(invoke, arguments, sentence):
     "arguments, sentence",
     [
         (("--target", "nowhere"), "there is no model at nowhere"),
-        (("--drafter", "nowhere"), "drafter 'nowhere' is none of early-exit, model, ngram, suffix"),
+        (("--drafter", "nowhere"), "drafter 'nowhere' is none of eagle3, early-exit, medusa, model, ngram, suffix"),
     ],
 )
 def test_what_cannot_be_had_exits_1(invoke, arguments, sentence):
@@ -411,7 +411,7 @@ def test_models_lists_the_cache_and_the_drafters(invoke, tmp_path):
     out = invoke("models")[1]
     assert out.startswith(f"{tmp_path / 'cache' / 'models'}\n")
     assert ["Tiny", "2.5"] in [line.split() for line in out.splitlines()]
-    assert "early-exit, model, ngram, suffix" in out
+    assert "eagle3, early-exit, medusa, model, ngram, suffix" in out
 
 
 def test_bench_passes_on_what_was_named(invoke, monkeypatch, tmp_path):

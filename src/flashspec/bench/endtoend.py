@@ -14,7 +14,6 @@ from flashspec.bench.prompts import SMALL, load_prompts
 from flashspec.bench.provenance import provenance
 from flashspec.config import default_device
 from flashspec.core import FlashSpecError
-from flashspec.engine import DEFAULT_DRAFTERS
 from flashspec.metrics import AcceptanceTracker
 from flashspec.metrics.arms import summarise_arms
 
@@ -25,7 +24,7 @@ Progress = Callable[[str, float | None], None]
 
 def run(
     target: Any = "smollm2",
-    drafters: Sequence[str] = DEFAULT_DRAFTERS,
+    drafters: Sequence[str] = (),
     prompts: Sequence[Path] = (),
     methods: Sequence[str] = DEFAULT_METHODS,
     limit: int | None = None,
@@ -43,14 +42,15 @@ def run(
     figures are medians over its batches, speed-ups medians of per-batch ratios. speedup_vs_hf is over the fastest of
     transformers' plain and compiled generate; null where the other side of a ratio was not among the methods.
     acceptance_per_position: of the draft tokens at each position, the share that was accepted. device None: what the
-    machine has. drafters: names, ids, folders of models or heads, GGUF files. methods: as `make_method` has them.
+    machine has. drafters: names, ids, folders of models or heads, GGUF files; none of them: the default ones. methods:
+    as `make_method` has them.
     shape: widen the target to it, and the heads with it."""
     single = [name for name in methods if name in ("hf-lookup", "hf-assisted")]
     if single and max(batch_sizes) > 1:
         raise FlashSpecError(f"method {single[0]!r} decodes one prompt at a time: leave it out, or batch size 2 and up")
     device = device or default_device()
     origin = provenance(device)  # now, not when the files may have changed
-    setup = Setup.load(target, drafters, device, dtype, max_new_tokens, temperature, progress, shape)
+    setup = Setup.load(target, drafters or None, device, dtype, max_new_tokens, temperature, progress, shape)
     sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
     encoded = {found.name: [_encode(prompt, setup) for prompt in found.prompts] for found in sets}
     longest = max(len(prompt) for found in encoded.values() for prompt in found)
@@ -62,7 +62,7 @@ def run(
             rows += summarise(name, *_decode(name, batches(found, size), made, progress), size)
     settings = {
         "target": setup.loaded.name,
-        "drafters": [setup.short(name) for name in drafters],
+        "drafters": [setup.short(name) for name in setup.drafters],
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "dtype": dtype,

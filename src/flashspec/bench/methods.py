@@ -19,7 +19,7 @@ from flashspec.core import Arm, FlashSpecError, StepRecord
 from flashspec.drafters import Drafter, list_drafters
 from flashspec.drafters.heads import head_kind, is_head
 from flashspec.engine import SpeculativeEngine
-from flashspec.engine.arms import make_drafter
+from flashspec.engine.arms import default_drafters, make_drafter
 from flashspec.models.base import LanguageModel
 from flashspec.models.loading import LoadedModel, hf_reference, load_model
 
@@ -70,7 +70,7 @@ class Setup:
     def load(
         cls,
         target: Any,
-        drafters: Sequence[str],
+        drafters: Sequence[str] | None,
         device: str,
         dtype: str,
         max_new_tokens: int = 128,
@@ -78,13 +78,15 @@ class Setup:
         progress: Progress | None = None,
         shape: str | None = None,
     ) -> Setup:
-        """With a shape the target is the named model, widened to it, and so are its heads."""
+        """With a shape the target is the named model, widened to it, as its heads are. drafters None: the default."""
         if shape is None:
             loaded = load_model(target, device=device, dtype=dtype, progress=progress)
+            drafters = default_drafters(loaded.model) if drafters is None else drafters
             setup = cls.of(loaded, drafters, device, dtype, cache(lambda kind: hf_reference(target, kind).to(device)))
         else:
-            heads = [name for name in drafters if is_head(name)]
+            heads = [name for name in drafters or () if is_head(name)]
             loaded, made = widened_model(target, shape, device, dtype, heads)
+            drafters = default_drafters(loaded.model) if drafters is None else drafters
             setup = cls.of(loaded, drafters, device, dtype, made=made)
         return replace(setup, max_new_tokens=max_new_tokens, temperature=temperature)
 

@@ -69,8 +69,8 @@ class EngineOptions:
 
     def _build(self, config: FlashSpecConfig, progress: Waiting) -> SpeculativeEngine:
         from flashspec.core import PLAIN, Arm
-        from flashspec.engine import DEFAULT_DRAFTERS, SpeculativeEngine
-        from flashspec.engine.arms import make_drafter, unique_names
+        from flashspec.engine import SpeculativeEngine
+        from flashspec.engine.arms import default_drafters, make_drafter, unique_names
         from flashspec.models.loading import load_model
 
         def load(source: str) -> LoadedModel:
@@ -78,8 +78,8 @@ class EngineOptions:
 
         arms = [PLAIN] if self.no_speculation else [Arm.parse(name) for name in self.arm]
         named = self.drafter or tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
-        sources = named or (() if arms else DEFAULT_DRAFTERS)
         target = load(self.target)
+        sources = named or (() if arms else default_drafters(target.model))
         drafters = unique_names(
             [make_drafter(source, target.model, lambda name: _load_drafter(name, load)) for source in sources]
         )

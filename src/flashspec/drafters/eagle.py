@@ -14,7 +14,7 @@ from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.chain import with_features, write_chain
 from flashspec.kernels import native_build
 from flashspec.kernels.native import PackedLinear
-from flashspec.models.base import Features, KVCache
+from flashspec.models.base import Features, KVCache, LanguageModel
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 from flashspec.models.reader import Reader
 
@@ -133,6 +133,13 @@ class EagleDrafter(Drafter):
         self.head = head
         self.name = name
         self.feature_layers = tuple(sorted(set(head.fusion.layers)))
+
+    @classmethod
+    def create(cls, target: LanguageModel) -> Drafter:
+        """The head that comes with the package for this target; FlashSpecError where there is none."""
+        from flashspec.drafters.shipped import load_shipped
+
+        return load_shipped("eagle3", target)
 
     def start(self, context: DraftContext) -> Proposer:
         context.record_features(self.feature_layers)

@@ -13,6 +13,7 @@ from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.chain import with_features, write_chain
 from flashspec.kernels import decoding
+from flashspec.models.base import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,13 @@ class MedusaDrafter(Drafter):
         self.name = name
         self.lengths = tuple(sorted({min(length, heads.count) for length in (2, 4)}))
         self.feature_layers = (heads.layer,)
+
+    @classmethod
+    def create(cls, target: LanguageModel) -> Drafter:
+        """The heads that come with the package for this target; FlashSpecError where there are none."""
+        from flashspec.drafters.shipped import load_shipped
+
+        return load_shipped("medusa", target)
 
     def start(self, context: DraftContext) -> Proposer:
         context.record_features(self.feature_layers)

@@ -13,6 +13,8 @@ BUILT_IN = {
     "suffix": "flashspec.drafters.suffix:SuffixDrafter",
     "early-exit": "flashspec.drafters.early_exit:EarlyExitDrafter",
     "model": "flashspec.drafters.model:ModelDrafter",
+    "eagle3": "flashspec.drafters.eagle:EagleDrafter",
+    "medusa": "flashspec.drafters.medusa:MedusaDrafter",
 }
 _registered: dict[str, type[Any]] = {}
 DrafterClass = TypeVar("DrafterClass", bound=type[Any])

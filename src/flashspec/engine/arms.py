@@ -11,9 +11,17 @@ from flashspec.drafters import Drafter, get_drafter, list_drafters
 from flashspec.drafters.heads import is_head, load_head
 from flashspec.drafters.host import GeneratesDraft, HostDrafter
 from flashspec.drafters.model import ModelDrafter
+from flashspec.drafters.shipped import shipped_heads
 from flashspec.models.base import LanguageModel
 
 Load = Callable[[Any], tuple[LanguageModel, str]]
+BEST_HEADS = ("eagle3",)  # of those that come with the package, the kinds that are used unasked
+
+
+def default_drafters(target: LanguageModel) -> list[str]:
+    """Suffix matching, and the head that comes with the package if it was made for this target."""
+    shipped = shipped_heads(target)
+    return ["suffix", *(kind for kind in BEST_HEADS if kind in shipped)]
 
 
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:

@@ -12,7 +12,7 @@ from typing import Any
 from flashspec.bandit import DraftSelector, make_selector
 from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord
-from flashspec.engine.arms import check_arms, default_arms, make_drafter, unique_names
+from flashspec.engine.arms import check_arms, default_arms, default_drafters, make_drafter, unique_names
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.generation import Conversation, Generation
 from flashspec.engine.graphs import CudaGraphs
@@ -25,7 +25,6 @@ from flashspec.models.loading import DEFAULT, LoadedModel, load_model
 from flashspec.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]
-DEFAULT_DRAFTERS = ("suffix",)
 
 
 @dataclass(slots=True)
@@ -124,15 +123,15 @@ class SpeculativeEngine:
         **settings: Any,
     ) -> SpeculativeEngine:
         """The shortest way in: names, and the rest is found. settings are fields of FlashSpecConfig (changes to
-        `config` where there is one), whose target_name
-        and drafter_name stand in for target and drafters; without them it is the embedded model with DEFAULT_DRAFTERS.
+        `config` where there is one), whose target_name and drafter_name stand in for target and drafters; without them
+        it is the embedded model with `default_drafters`.
 
         arms None: for the strategy `auto` plain decoding and every drafter at each of its usual lengths, for the
         others one arm a drafter at `sampling.gamma`. progress(what, fraction or None) hears of downloads."""
         config = FlashSpecConfig(**{**(config.model_dump() if config else {}), **settings})
         loaded = _load(target or config.target_name or DEFAULT, config, progress)
         if drafters is None:
-            drafters = [config.drafter_name] if config.drafter_name else DEFAULT_DRAFTERS
+            drafters = [config.drafter_name] if config.drafter_name else default_drafters(loaded.model)
         made = [make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters]
         if arms is None and config.bandit.strategy == "auto":
             arms = default_arms(unique_names(made))

@@ -1,0 +1,59 @@
+"""Heads in the package: found by the weights of their target, and used unasked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_heads import LAYERS, VOCAB, write_eagle
+from small_models import llama
+
+from flashspec import SpeculativeEngine
+from flashspec.core import FlashSpecError
+from flashspec.drafters import shipped
+from flashspec.drafters.heads import is_head, target_hash
+from flashspec.drafters.shipped import shipped_heads
+from flashspec.engine.arms import default_drafters
+from flashspec.models.loading import LoadedModel, load_model
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """A model whose head is the only one in the package."""
+    llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=96).save_pretrained(tmp_path / "target")
+    loaded = load_model(tmp_path / "target", dtype="float32")
+    (tmp_path / "heads").mkdir()
+    folder = write_eagle(tmp_path / "heads" / "one")
+    config = json.loads((folder / "config.json").read_text())
+    marks = {"kind": "eagle3", "target": "target", "target_hash": target_hash(loaded.model.vocabulary())}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB, "flashspec": marks}))
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "heads")
+    return loaded
+
+
+def test_a_target_gets_its_head_unasked(target: LoadedModel) -> None:
+    assert default_drafters(target.model) == ["suffix", "eagle3"]
+    engine = SpeculativeEngine.from_pretrained(target)
+    assert "eagle3" in {arm.drafter for arm in engine.arms}
+    alone = SpeculativeEngine.from_pretrained(target, ["eagle3"])
+    plain = SpeculativeEngine.from_pretrained(target, [])
+    texts = [one.generate([[3, 7, 1]], 20, temperature=0).output_ids.tolist() for one in (engine, alone, plain)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path: Path) -> None:
+    other = llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=96)
+    other.model.norm.weight.data += 0.5
+    model = load_model(other, dtype="float32").model
+    assert shipped_heads(model) == {} and default_drafters(model) == ["suffix"]
+    with pytest.raises(FlashSpecError, match="no eagle3 head comes with FlashSpec for this target: make one with"):
+        SpeculativeEngine.from_pretrained(other, ["eagle3"])
+    with pytest.raises(FlashSpecError, match="no medusa head comes"):
+        SpeculativeEngine.from_pretrained(target, ["medusa"])
+
+
+def test_what_is_in_the_package_are_heads_with_cards() -> None:
+    for folder in shipped.FOLDER.glob("*"):
+        assert is_head(folder) and "Licence" in (folder / "README.md").read_text()
+        assert (folder / "model.safetensors").stat().st_size <= 12_000_000
