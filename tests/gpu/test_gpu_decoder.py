@@ -108,7 +108,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(shape: dict) -> None:
 def test_a_graph_follows_lengths_that_change_on_the_device(queries: int) -> None:
     model = build(SHAPES["groups-of-4-128"], torch.bfloat16)
     texts = Texts(model, 5000)  # more than one chunk a split
-    model.warm_up()
+    model._few_tokens.tune()
     ids, positions, cache = texts.call((0, 1, 2), queries)
     model.logits(model.forward(ids, positions, cache, CAPACITY))
     graph = torch.cuda.CUDAGraph()

@@ -92,4 +92,3 @@ def test_a_cpu_keeps_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = decoder(config())
     assert model._few_tokens is None
-    model.warm_up()

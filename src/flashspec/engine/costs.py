@@ -34,10 +34,6 @@ class CostTable:
         slope = sum((width - centre) * (self.seconds[width] - middle) for width in widths) / spread
         return max(slope / self.plain_seconds, 1e-3)
 
-    def estimate(self, width: int) -> float:
-        """Seconds of a forward of any width, along that slope."""
-        return self.plain_seconds * (1 + self.token_cost * (width - 1))
-
 
 @torch.inference_mode()
 def measure_costs(

@@ -105,11 +105,6 @@ class Decoder:
             if decoder_gpu.fits(config):
                 self._few_tokens = decoder_gpu.FewTokens(config, weights, self._inv_freq)
 
-    def warm_up(self) -> None:
-        """Before a graph is captured: measure how to cut this model's weights, where that is not known yet."""
-        if self._few_tokens is not None:
-            self._few_tokens.tune()
-
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 

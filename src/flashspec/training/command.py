@@ -157,7 +157,7 @@ def _prepare(
 
     def save() -> None:
         card = model_card(target, settings, config, data, fit.position.measures, parameters_of(head))
-        fit.write_state(work.state, {})
+        fit.write_state(work.state)
         write_checkpoint(work.out, head, vocabulary, config, card)
 
     return fit, save

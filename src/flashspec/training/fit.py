@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,8 +174,8 @@ class Fit:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
-    def write_state(self, path: Path, marks: Mapping[str, Any]) -> None:
-        """Weights, moments and position in one file. marks: what a resumed run has to agree with."""
+    def write_state(self, path: Path) -> None:
+        """Weights, moments and position in one file."""
         at = self.position
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.head.state_dict().items():
@@ -188,7 +187,7 @@ class Fit:
             "seconds": at.seconds, "steps": at.steps, "tokens": at.tokens, "epoch": at.epoch, "place": at.place,
             "measures": [measure.to_json() for measure in at.measures],
         }  # fmt: skip
-        write_tensors(path, tensors, {**marks, "position": notes})
+        write_tensors(path, tensors, {"position": notes})
 
     def read_state(self, path: Path) -> None:
         """FlashSpecError where the file is of another drafter."""

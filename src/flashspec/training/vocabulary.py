@@ -33,10 +33,6 @@ class DraftVocabulary:
         known[self.ids] = True
         return known
 
-    @classmethod
-    def from_d2t(cls, d2t: Tensor, vocab_size: int) -> DraftVocabulary:
-        return cls(d2t + torch.arange(len(d2t), device=d2t.device), vocab_size)
-
     def to(self, device: torch.device) -> DraftVocabulary:
         return DraftVocabulary(self.ids.to(device), self.vocab_size)
 

@@ -123,8 +123,8 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(linear, "tune", lambda weights, gated: measured.append(weights[0].data_ptr()))
     head = head_of()
     head_on_a_gpu = on_the_fast_path(head)
-    head_on_a_gpu.warm_up()
-    head_on_a_gpu.warm_up()
+    head_on_a_gpu._few_tokens.tune()
+    head_on_a_gpu._few_tokens.tune()
     layer = head.weights.layers[0]
     used = [layer.qkv, layer.output, layer.gate_up, layer.down, head.weights.lm_head, head.fusion.fc]
     assert sorted(measured) == sorted(weight.data_ptr() for weight in used)

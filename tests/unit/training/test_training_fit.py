@@ -165,7 +165,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
     train(source, out, replace(SETTINGS, seconds=5.0))
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
-    def killed(self: object, path: Path, marks: object) -> None:
+    def killed(self: object, path: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -188,7 +188,7 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
     assert bool(own) is not shares
     assert tensors["t2d"].shape == (100,)
     assert tensors["t2d"].sum() == 64
-    assert DraftVocabulary.from_d2t(tensors["d2t"], 100).t2d.equal(tensors["t2d"])
+    assert (tensors["d2t"] + torch.arange(64)).equal(tensors["t2d"].nonzero()[:, 0])
     assert tensors["d2t"].dtype == torch.int64
     config = read_json(tmp_path / "head" / "config.json")
     assert config["draft_vocab_size"] == 64
