@@ -21,7 +21,10 @@ _OPENINGS = (
     "Write a", "Write a Python function that", "How", "What is", "Why", "Explain", "Give me", "List", "Translate",
     "Rewrite", "Summarize", "Create a", "Compare", "Calculate", "Solve", "Describe", "Imagine", "Who", "Which",
     "Can you", "Is", "def", "from typing import List\n\n\ndef", "Classify", "Fix the", "Complete the", "Design",
-    "Generate", "Given", "Suppose", "Find", "Edit", "Name", "In the", "Suggest", "If",
+    "Generate", "Given", "Suppose", "Find", "Edit", "Name", "In the", "Suggest", "If", "Act as", "Pretend you are",
+    "Draft an email", "Compose", "Implement", "Develop a", "Extract", "Identify", "Provide", "Discuss", "Prove that",
+    "Evaluate", "Tell me", "Help me", "Convert", "Choose", "Determine", "Construct", "A ", "The following", "Here is",
+    "Please", "import", "class", "Arrange", "Analyze", "Recommend", "Predict", "Sort the", "Answer",
 )  # fmt: skip
 
 
