@@ -139,7 +139,9 @@ def test_no_step_synchronises(
             return launch(self, *arguments)
 
     monkeypatch.setattr(Run, "_launch", strictly)
-    assert [len(row) for row in rows(engine.generate(PROMPTS, 60))] == [60] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a drafter that fails, or cannot be captured, warns
+        assert [len(row) for row in rows(engine.generate(PROMPTS, 60))] == [60] * 3
     assert strict[0] > 5
 
 

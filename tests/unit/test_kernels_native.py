@@ -148,6 +148,32 @@ def test_tensors_keep_their_values(dtype: torch.dtype) -> None:
     assert torch.equal(packed.dequantise(), weight.float())
 
 
+@pytest.mark.parametrize("columns", [64, 70])
+def test_quantised_blocks_are_the_nearest_that_q8_0_holds(columns: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(50, columns) * 10 ** torch.linspace(-2, 3, 50)[:, None]
+    weight[7:9] = torch.tensor([[0.0], [1e-12]])
+    packed = PackedMatrix.quantised(weight)
+    found, blocks = packed.dequantise(), F.pad(weight, (0, -columns % 32)).view(50, -1, 32)
+    steps = (blocks.abs().amax(-1) / 127).half().float().repeat_interleave(32, 1)[:, :columns]
+    assert packed.format == "q8_0" and found.shape == weight.shape
+    assert ((found - weight).abs() <= 0.57 * steps + 2e-12).all()  # half, or as the rounded scale shifts the largest
+    assert torch.equal(PackedMatrix.quantised(found).dequantise(), found)
+    if columns % 32 == 0:
+        blocks_of_gguf = torch.from_numpy(gguf.quants.quantize(found.numpy(), GGUF_TYPES["q8_0"]))
+        theirs = PackedMatrix.from_gguf(blocks_of_gguf, "q8_0").dequantise()
+        torch.testing.assert_close(theirs, found, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
+def test_quantised_faults_stay_faults(fault: float) -> None:
+    weight = torch.full((3, 64), 127.0)
+    weight[1, 40] = fault
+    found = PackedMatrix.quantised(weight).dequantise()
+    assert not found[1, 32:].isfinite().any()
+    assert torch.equal(found[[0, 2]], weight[[0, 2]]) and torch.equal(found[1, :32], weight[1, :32])
+
+
 def test_wrong_weights_are_named() -> None:
     with pytest.raises(ValueError, match="weight should be"):
         PackedMatrix.from_tensor(torch.zeros(3))
@@ -344,6 +370,11 @@ def test_a_bad_compiler_is_a_sentence(
 def test_a_packed_product(shape: tuple[int, int, int]) -> None:
     rows, outputs, inputs = shape
     weight, x = torch.randn(outputs, inputs), torch.randn(1, rows, inputs)
-    torch.testing.assert_close(PackedLinear(weight)(x), x @ weight.bfloat16().float().T, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="hidden should be"):
-        PackedLinear(weight)(x.double())
+    for packed in (PackedMatrix.from_tensor(weight.bfloat16()), PackedMatrix.quantised(weight)):
+        expected = x @ packed.dequantise().T
+        torch.testing.assert_close(PackedLinear(packed)(x), expected, rtol=1e-5, atol=1e-4)
+        normed = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * x[0, 0]
+        found = PackedLinear(packed, x[0, 0], eps=0.5)(x)
+        torch.testing.assert_close(found, normed @ packed.dequantise().T, rtol=1e-5, atol=1e-4)
+        with pytest.raises(ValueError, match="hidden should be"):
+            PackedLinear(packed)(x.double())

@@ -103,7 +103,7 @@ class Setup:
         """Around a target that is there, and drafters that may be."""
         ready = dict(made or {})
         for name in drafters:
-            if name not in ready and name not in list_drafters():
+            if name not in ready and (name not in list_drafters() or is_head(name)):
                 ready[name] = make_drafter(name, loaded.model, partial(_load, device=device, dtype=dtype))
         reference = reference or cache(partial(llama_twin, loaded.model))
         return cls(tuple(drafters), ready, loaded, reference, device, dtype)

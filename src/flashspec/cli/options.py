@@ -79,7 +79,7 @@ class EngineOptions:
         arms = [PLAIN] if self.no_speculation else [Arm.parse(name) for name in self.arm]
         named = self.drafter or tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
         target = load(self.target)
-        sources = named or (() if arms else default_drafters(target.model))
+        sources = named or (() if arms else default_drafters(target.model, self.selector))
         drafters = unique_names(
             [make_drafter(source, target.model, lambda name: _load_drafter(name, load)) for source in sources]
         )

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.core import Draft
+from flashspec.drafters import eagle_cpu
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.chain import with_features, write_chain
-from flashspec.kernels import native_build
-from flashspec.kernels.native import PackedLinear
+from flashspec.drafters.eagle_cpu import PackedHead
 from flashspec.models.base import Features, KVCache, LanguageModel
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 from flashspec.models.reader import Reader
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price.
 WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 9
-MOST_PACKED = 64  # tokens that the native kernel takes in one pass; with more PyTorch multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,9 @@ class EagleHead(Decoder):
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, fusion: Fusion) -> None:
         super().__init__(config, weights)
         self.fusion = fusion
-        self._packed = self._pack() if self.device.type == "cpu" and native_build.available() else {}
+        self._packed: PackedHead | None = None
+        if eagle_cpu.fits(config, self.device, self.dtype):
+            self._packed = PackedHead(config, weights, fusion)
         self._fused: FewTokensHead | None = None
         if self._few_tokens is not None:
             from flashspec.drafters import eagle_gpu
@@ -56,13 +57,16 @@ class EagleHead(Decoder):
     def fuse(self, features: Features, slots: Tensor) -> Tensor:
         """The target's hidden states of slots (B, Q) as the layer takes them, (B, Q, hidden)."""
         states = features.at(self.fusion.layers, slots)
-        return self._linear(states, self.fusion.fc) if self._fused is None else self._fused.fuse(states)
+        fast = self._fused or self._packed
+        return self._linear(states, self.fusion.fc) if fast is None else fast.fuse(states)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tensor:
         """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, what this gave for the slot
         before. Returns (B, hidden) of the last slots, from which `logits` predicts."""
         if self._fused is not None and self._fused.takes(token_ids):
             return self._fused.extend(token_ids, hidden, slots, cache)
+        if self._packed is not None:
+            return self._packed.extend(token_ids, hidden, slots, cache, bound)
         layer, (keys, values) = self.weights.layers[0], (cache.keys[0], cache.values[0])
         embedded = self._norm(F.embedding(token_ids, self.weights.embedding), layer.attention_norm)
         both = torch.cat([embedded, self._norm(hidden, self.fusion.hidden_norm)], -1)  # (B, Q, 2 hidden)
@@ -74,21 +78,9 @@ class EagleHead(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, hidden) -> (B, V') float32."""
+        if self._packed is not None and self._packed.logits is not None:
+            return self._packed.logits(hidden)
         return super().logits(hidden if self._fused is not None else self._norm(hidden, self.weights.final_norm))
-
-    def _pack(self) -> dict[int, PackedLinear]:
-        """By the weight's id: its matrices in bfloat16, which public heads are stored in, for the native kernel. An LM
-        head of the whole vocabulary is most often the target's own tensor, and stays as it is."""
-        layer, lm_head = self.weights.layers[0], self.weights.lm_head
-        matrices = [self.fusion.fc, layer.qkv, layer.output, layer.gate_up, layer.down]
-        matrices += [lm_head] if len(lm_head) < self.vocab_size else []
-        return {id(matrix): PackedLinear(matrix) for matrix in matrices if self.dtype == torch.float32}
-
-    def _linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        packed = self._packed.get(id(weight))
-        if packed is None or hidden.numel() > MOST_PACKED * hidden.shape[-1]:
-            return super()._linear(hidden, weight, bias)
-        return packed(hidden) if bias is None else packed(hidden) + bias
 
 
 class HeadReader(Reader):

@@ -24,7 +24,7 @@ def shipped_heads(target: LanguageModel) -> dict[str, Path]:
     if not sized or not isinstance(target, SharesVocabulary):
         return {}
     own = target_hash(target.vocabulary())
-    return {marks["kind"]: folder for folder, marks in sized.items() if marks["target_hash"] == own}
+    return {marks["kind"]: folder for folder, marks in sized.items() if own is not None and marks["target_hash"] == own}
 
 
 def load_shipped(kind: str, target: LanguageModel) -> Drafter:

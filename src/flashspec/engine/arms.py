@@ -18,16 +18,16 @@ Load = Callable[[Any], tuple[LanguageModel, str]]
 BEST_HEADS = ("eagle3",)  # of those that come with the package, the kinds that are used unasked
 
 
-def default_drafters(target: LanguageModel) -> list[str]:
-    """Suffix matching, and the head that comes with the package if it was made for this target."""
-    shipped = shipped_heads(target)
+def default_drafters(target: LanguageModel, strategy: str = "auto") -> list[str]:
+    """Suffix matching, and the head that comes with the package if it was made for this target; `fixed` plays one."""
+    shipped = shipped_heads(target) if strategy != "fixed" else {}
     return ["suffix", *(kind for kind in BEST_HEADS if kind in shipped)]
 
 
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
     """A drafter from itself, a registered name, a class with `generate_draft`, the folder of a head, or a model in any
     form that `load` takes; `load` returns the model and a name for it."""
-    if isinstance(source, str) and source in list_drafters():
+    if isinstance(source, str) and source in list_drafters() and not is_head(source):
         cls = get_drafter(source)
         if not issubclass(cls, Drafter):
             return HostDrafter(cls(), source)

@@ -131,7 +131,9 @@ class SpeculativeEngine:
         config = FlashSpecConfig(**{**(config.model_dump() if config else {}), **settings})
         loaded = _load(target or config.target_name or DEFAULT, config, progress)
         if drafters is None:
-            drafters = [config.drafter_name] if config.drafter_name else default_drafters(loaded.model)
+            drafters = (
+                [config.drafter_name] if config.drafter_name else default_drafters(loaded.model, config.bandit.strategy)
+            )
         made = [make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters]
         if arms is None and config.bandit.strategy == "auto":
             arms = default_arms(unique_names(made))

@@ -2,6 +2,7 @@
 // is stored, and all arithmetic is float32. Sums run in the same order whatever the number of rows, so a token's
 // result does not depend, by a single bit, on the tokens that share its call.
 #include "native_weights.cpp"
+#include "native_vectors.cpp"
 
 #include <cmath>
 #include <cstdlib>
@@ -20,66 +21,15 @@ struct Model {
   double rms_norm_eps;
   const Layer* layers;
   const float *final_norm, *cos, *sin;  // cos, sin: (max_position, head_dim / 2)
-  Matrix embedding, lm_head;
+  Matrix embedding;
 };
 }
 
 namespace {
 
 constexpr int PASS = 64;    // rows that go through the layers together
-constexpr int32_t IOTA[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr int QUERIES = 8;  // rows that share a read of keys and values
 constexpr int SLOTS = 64;   // keys between two updates of the running softmax
-
-inline vec exponential(vec x) {  // relative error below 2e-7; 0 under -87; NaN stays NaN
-  const vec bounded = x < -87.0f ? broadcast(-87.0f) : x > 88.0f ? broadcast(88.0f) : x;
-  const vec magic = broadcast(0x1.8p23f), shifted = bounded * 1.44269504f + magic, power = shifted - magic;
-  const vec r = bounded - power * 0.693359375f + power * 2.12194440e-4f;  // log 2 in two parts
-  vec series = broadcast(1.0f / 5040);
-  for (float factorial : {720.0f, 120.0f, 24.0f, 6.0f, 2.0f, 1.0f, 1.0f}) series = series * r + 1.0f / factorial;
-  const vec scale = bits<vec>((bits<ivec>(shifted) - bits<ivec>(magic) + 127) << 23);
-  return x < -87.0f ? vec{} : series * scale;
-}
-
-// a0 b0 a1 b1 ... of the lower and of the upper halves.
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
-#endif
-inline vec interleave_low(vec a, vec b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#else
-  return SHUFFLE(a, b, 0, 4, 1, 5);
-#endif
-}
-inline vec interleave_high(vec a, vec b) {
-#if defined(__AVX512F__)
-  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
-  return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  return SHUFFLE(a, b, 2, 6, 3, 7);
-#endif
-}
-
-// Lane i of the result is the sum of v[i]'s lanes.
-inline vec totals(vec v[LANES]) {
-#pragma GCC unroll 4
-  for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) v[i] = interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
-  return v[0];
-}
-template <class Pick> inline float fold(vec v, Pick pick) {  // all lanes into one
-  for (int lanes = LANES; lanes > 1; lanes /= 2) v = pick(interleave_low(v, v), interleave_high(v, v));
-  return v[0];
-}
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
-inline vec plus(vec a, vec b) { return a + b; }
 
 void rms_norm(const float* x, const float* weight, Index n, double eps, float* out) {
   float sum = 0;
@@ -87,14 +37,6 @@ void rms_norm(const float* x, const float* weight, Index n, double eps, float* o
   for (Index i = 0; i < n; ++i) sum += x[i] * x[i];
   const float scale = 1.0f / std::sqrt(sum / static_cast<float>(n) + static_cast<float>(eps));
   for (Index i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
-}
-
-inline vec read(const float* from) { return load<vec>(from); }
-inline vec read(const uint16_t* from) { return bits<vec>(widen(load<halves>(from)) << 16); }
-inline void write(float* to, vec value) { store(to, value); }
-inline void write(uint16_t* to, vec value) {  // to nearest even
-  const uvec word = bits<uvec>(value), rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-  store(to, __builtin_convertvector(value == value ? rounded : uvec{} + 0x7fc0u, halves));
 }
 
 inline void barrier() {
@@ -154,6 +96,17 @@ template <class KV> struct Pass {
   Index q_size() const { return padded(model.num_heads * model.head_dim); }
   Index kv_size() const { return padded(model.num_kv_heads * model.head_dim); }
   Index sequence(int row) const { return (first + row) / queries; }
+  // What its arrays take, and cutting them.
+  Index floats(Index most) const {
+    return most * (width() + 2 * q_size() + 2 * kv_size() + 2 * padded(model.intermediate_size));
+  }
+  void take(Buffers& buffers, Index most) {
+    const Index mlp_size = padded(model.intermediate_size);
+    for (auto [array, size] : {std::pair(&residual, width()), {&q, q_size()}, {&mixed, q_size()}, {&k, kv_size()},
+                               {&v, kv_size()}, {&gate, mlp_size}, {&up, mlp_size}})
+      *array = buffers.take(most * size);
+  }
+  Index widest() const { return std::max({width(), q_size(), padded(model.intermediate_size)}); }  // input of a product
   Index cache(Index layer, int row, Index kv_head) const {  // where the slots of a head start
     return ((layer * batch + sequence(row)) * model.num_kv_heads + kv_head) * capacity * model.head_dim;
   }
@@ -280,17 +233,23 @@ template <class KV> struct Pass {
     arrange(worker.normed, rows, width() / BLOCK, worker.arranged);
   }
 
-  void layer_forward(const Worker& worker, Index index) const {
+  // From what is arranged to the cache.
+  void project(const Worker& worker, Index index) const {
     const Layer& layer = model.layers[index];
     const Index q_panels = panels_of(layer.q), kv_panels = panels_of(layer.k);
-    const Range qkv = worker.share(q_panels + 2 * kv_panels), mlp = worker.share(panels_of(layer.gate));
-    norm_rows(worker, layer.attention_norm);
+    const Range qkv = worker.share(q_panels + 2 * kv_panels);
     product(worker, qkv.within(0, q_panels), layer.q, rows, q, q_size(), layer.q_bias);
     product(worker, qkv.within(q_panels, kv_panels), layer.k, rows, k, kv_size(), layer.k_bias);
     product(worker, qkv.within(q_panels + kv_panels, kv_panels), layer.v, rows, v, kv_size(), layer.v_bias);
     barrier();
     write_cache(worker, index);
     barrier();
+  }
+
+  // From q and the cache to the residual stream.
+  void finish(const Worker& worker, Index index) const {
+    const Layer& layer = model.layers[index];
+    const Range mlp = worker.share(panels_of(layer.gate));
     attention(worker, index);
     barrier();
     arrange(mixed, rows, q_size() / BLOCK, worker.arranged);
@@ -321,7 +280,9 @@ template <class KV> struct Pass {
     barrier();
     for (Index layer = 0; layer < num_layers; ++layer) {
       record(mine, layer, residual, width());
-      layer_forward(worker, layer);
+      norm_rows(worker, model.layers[layer].attention_norm);
+      project(worker, layer);
+      finish(worker, layer);
     }
     for (Index row = mine.begin; row < mine.end; ++row)
       rms_norm(residual + row * width(), model.final_norm, model.hidden_size, model.rms_norm_eps,
@@ -343,13 +304,10 @@ int run(const Model& model, const Index* token_ids, const Index* positions, Inde
         Index num_layers, KV* keys, KV* values, Index capacity, float* hidden, Recorded recorded, Index threads) {
   const Index all = batch * queries, most = std::min<Index>(all, PASS);
   Pass<KV> pass{model, token_ids, positions, 0, queries, batch, capacity, num_layers, 0, keys, values, recorded};
-  const Index width = pass.width(), q_size = pass.q_size(), kv_size = pass.kv_size();
-  const Index mlp_size = padded(model.intermediate_size), widest = std::max({width, q_size, mlp_size});
-  Buffers buffers(most * (width + 2 * q_size + 2 * kv_size + 2 * mlp_size) + threads * worker_floats(most, widest));
+  const Index widest = pass.widest();
+  Buffers buffers(pass.floats(most) + threads * worker_floats(most, widest));
   if (buffers.failed()) return 3;
-  for (auto [array, size] : {std::pair(&pass.residual, width), {&pass.q, q_size}, {&pass.mixed, q_size},
-                             {&pass.k, kv_size}, {&pass.v, kv_size}, {&pass.gate, mlp_size}, {&pass.up, mlp_size}})
-    *array = buffers.take(most * size);
+  pass.take(buffers, most);
   float* const memory = buffers.take(0);
   on_threads(threads, [=](Index index, Index count) {
     const Worker worker = make_worker(index, count, most, widest, memory);
@@ -384,9 +342,10 @@ int flashspec_forward(const Model* model, const Index* token_ids, const Index* p
              static_cast<float*>(values), capacity, hidden, recorded, threads);
 }
 
-int flashspec_logits(const Model* model, const float* hidden, Index all, float* logits, Index threads) {
-  const Matrix& head = model->lm_head;
-  const Index most = std::min<Index>(all, PASS), width = padded(head.columns);
+// out (all, N) = x (all, K) times the transpose of a weight, or with norm (K,) of RMS-normed x. 0; 3 for no memory.
+int flashspec_product(const Matrix* weight, const float* norm, double eps, const float* x, Index all, float* out,
+                      Index threads) {
+  const Index most = std::min<Index>(all, PASS), columns = weight->columns, width = padded(columns);
   Buffers buffers(threads * worker_floats(most, width));
   if (buffers.failed()) return 3;
   float* const memory = buffers.take(0);
@@ -394,15 +353,20 @@ int flashspec_logits(const Model* model, const float* hidden, Index all, float* 
     const Worker worker = make_worker(index, count, most, width, memory);
     for (Index first = 0; first < all; first += PASS) {
       const int rows = static_cast<int>(std::min<Index>(PASS, all - first));
-      for (int row = 0; row < rows; ++row)
-        std::copy_n(hidden + (first + row) * head.columns, head.columns, worker.normed + row * width);
+      for (int row = 0; row < rows; ++row) {
+        const float* const from = x + (first + row) * columns;
+        float* const to = worker.normed + row * width;
+        if (norm) rms_norm(from, norm, columns, eps, to);
+        else std::copy_n(from, columns, to);
+      }
       arrange(worker.normed, rows, width / BLOCK, worker.arranged);
-      product(worker, worker.share(panels_of(head)), head, rows, logits + first * head.rows, head.rows);
+      product(worker, worker.share(panels_of(*weight)), *weight, rows, out + first * weight->rows, weight->rows);
     }
   });
   return 0;
 }
 }
 
+#include "native_head.cpp"
 #include "native_verify.cpp"
 #include "native_step.cpp"

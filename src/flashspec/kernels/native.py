@@ -21,6 +21,7 @@ from flashspec.kernels.native_build import library
 PANEL, GROUP, BLOCK = 32, 16, 32  # as in the source
 FORMATS = ("f32", "bf16", "q8_0", "q4_1", "q4_0")  # in the order of the source's tables
 GGUF_BLOCK_BYTES = {"q8_0": 34, "q4_1": 20, "q4_0": 18}
+NO_MEMORY = "no memory for the buffers of a native call"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,17 @@ class PackedMatrix:
         if format != "q8_0":  # a byte holds columns j and j + 16; neighbours are to share one
             columns_of_block = torch.cat((values & 15, values >> 4), 2)
             values = columns_of_block[..., 0::2] | columns_of_block[..., 1::2] << 4
-        values = values.view(torch.int32)  # a lane: four or eight neighbouring columns
+            values = values.view(torch.int32)  # a lane: eight neighbouring columns
         return cls(torch.cat((_pack(scales), _pack(values)), 3), rows, columns, format)
+
+    @classmethod
+    def quantised(cls, weight: Tensor) -> PackedMatrix:
+        """weight (N, K) of any float dtype as q8_0: the largest entry of each 32 of a row is 127 steps from 0."""
+        rows, columns = weight.shape
+        blocks = F.pad(weight.detach().cpu().float(), (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+        scales = (blocks.abs().amax(2, keepdim=True) / 127).half()  # (N, K / 32, 1); of faults NaN or infinite
+        steps = (blocks / scales.float()).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+        return cls(torch.cat((_pack(scales.view(torch.int16)), _pack(steps)), 3), rows, columns, "q8_0")
 
     def dequantise(self) -> Tensor:
         """(N, K) float32, the values that the kernel computes with."""
@@ -80,7 +90,7 @@ class PackedMatrix:
             weight = _unpack(self.data, torch.int32).view(torch.bfloat16).float()
         elif self.format == "q8_0":
             scale = _unpack(self.data[..., :32], torch.float16).float()
-            weight = scale * _unpack(self.data[..., 32:], torch.int32).view(torch.int8)
+            weight = scale * _unpack(self.data[..., 32:], torch.int8)
         else:
             scale_bytes = 64 if self.format == "q4_1" else 32
             scales = _unpack(self.data[..., :scale_bytes], torch.float16).float()  # (N, K / 32, 2 or 1)
@@ -166,54 +176,53 @@ class _Model(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("final_norm", "cos", "sin")),
         ("embedding", _Matrix),
-        ("lm_head", _Matrix),
     )
 
 
 class PackedLinear:
-    """x (..., K) float32 -> x W^T (..., N) float32 on this CPU, for a weight (N, K) that is held in bfloat16."""
+    """x (..., K) float32 -> x W^T (..., N) float32 on this CPU; norm (K,) and eps: of x RMS-normed."""
 
-    def __init__(self, weight: Tensor) -> None:
-        packed = PackedMatrix.from_tensor(weight.bfloat16())
-        self._data, self._library = packed.data, library()
-        matrix = _Matrix(packed.data.data_ptr(), packed.rows, packed.columns, FORMATS.index(packed.format))
-        self._model = _Model(lm_head=matrix)  # the LM head is a product like any other
+    def __init__(self, weight: PackedMatrix, norm: Tensor | None = None, eps: float = 0.0) -> None:
+        self._library, self._eps = library(), eps
+        self._weight, self._matrix = weight, _structure(weight)
+        self._norm = None if norm is None else norm.detach().to("cpu", torch.float32).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _multiply(self._library, self._model, x)
+        rows, columns = self._weight.rows, self._weight.columns
+        if x.shape[-1] != columns or x.dtype != torch.float32:
+            raise ValueError(f"hidden should be (..., {columns}) float32: got {tuple(x.shape)} {x.dtype}")
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], rows)
+        fault = self._library.flashspec_product(
+            ctypes.byref(self._matrix),
+            None if self._norm is None else self._norm.data_ptr(),
+            self._eps,
+            x.data_ptr(),
+            x.numel() // columns,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if fault:
+            raise MemoryError(NO_MEMORY)
+        return out
 
 
-def _multiply(native: ctypes.CDLL, model: _Model, x: Tensor) -> Tensor:
-    rows, columns = model.lm_head.rows, model.lm_head.columns
-    if x.shape[-1] != columns or x.dtype != torch.float32:
-        raise ValueError(f"hidden should be (..., {columns}) float32: got {tuple(x.shape)} {x.dtype}")
-    x = x.contiguous()
-    out = torch.empty(*x.shape[:-1], rows)
-    count = x.numel() // columns
-    if native.flashspec_logits(ctypes.byref(model), x.data_ptr(), count, out.data_ptr(), torch.get_num_threads()):
-        raise MemoryError("no memory for the forward's buffers")
-    return out
+def _structure(matrix: PackedMatrix) -> _Matrix:
+    return _Matrix(matrix.data.data_ptr(), matrix.rows, matrix.columns, FORMATS.index(matrix.format))
 
 
-class NativeDecoder:
-    """A Llama-family decoder (RMSNorm, half-split rotary embedding, grouped-query attention, SwiGLU) on this CPU.
+class NativeLayers:
+    """Layers for the library, beside the tensors that its structures point to.
 
-    embedding and lm_head (V, H); the two may be one object. final_norm (H,). cos, sin: (max_position, head_dim) or
-    (max_position, head_dim / 2). RuntimeError where `native_build.available()` is False.
+    inputs: how wide the rows are that q, k and v read. cos, sin: (max_position, head_dim) or (max_position,
+    head_dim / 2). RuntimeError where `native_build.available()` is False.
     """
 
     def __init__(
-        self,
-        shape: NativeShape,
-        embedding: PackedMatrix,
-        layers: Sequence[NativeLayer],
-        final_norm: Tensor,
-        lm_head: PackedMatrix,
-        cos: Tensor,
-        sin: Tensor,
+        self, shape: NativeShape, layers: Sequence[NativeLayer], inputs: int, cos: Tensor, sin: Tensor
     ) -> None:
         self.shape = shape
-        self._alive: list[Tensor] = []  # what the structures point to
+        self._alive: list[Tensor] = []
         self._library = library()
         half = shape.head_dim // 2
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -223,7 +232,7 @@ class NativeDecoder:
                 "head_dim should be a multiple of 16, num_heads one of num_kv_heads and layers num_layers long: "
                 f"got {shape} and {len(layers)} layers"
             )
-        sizes = {"q": (q_size, hidden), "k": (kv_size, hidden), "v": (kv_size, hidden), "o": (hidden, q_size)}
+        sizes = {"q": (q_size, inputs), "k": (kv_size, inputs), "v": (kv_size, inputs), "o": (hidden, q_size)}
         sizes |= {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
         lengths = dict.fromkeys(("attention_norm", "mlp_norm", "o_bias"), hidden)
         lengths |= {"q_norm": shape.head_dim, "k_norm": shape.head_dim}
@@ -241,24 +250,62 @@ class NativeDecoder:
             cos.shape[0],
             shape.rms_norm_eps,
             packed,
-            self._floats("final_norm", final_norm, (hidden,)),
-            self._floats("cos", cos[:, :half], (cos.shape[0], half)),
-            self._floats("sin", sin[:, :half], (cos.shape[0], half)),
-            self._matrix("embedding", embedding, (shape.vocab_size, hidden)),
-            self._matrix("lm_head", lm_head, (shape.vocab_size, hidden)),
+            cos=self._floats("cos", cos[:, :half], (cos.shape[0], half)),
+            sin=self._floats("sin", sin[:, :half], (cos.shape[0], half)),
         )
 
     def _matrix(self, name: str, matrix: PackedMatrix, size: tuple[int, int]) -> _Matrix:
         if (matrix.rows, matrix.columns) != size:
             raise ValueError(f"{name} should be {size}: got {(matrix.rows, matrix.columns)}")
         self._alive.append(matrix.data)
-        return _Matrix(matrix.data.data_ptr(), *size, FORMATS.index(matrix.format))
+        return _structure(matrix)
 
     def _floats(self, name: str, values: Tensor, size: tuple[int, ...]) -> int:
         if values.shape != size:
             raise ValueError(f"{name} should be {size}: got {tuple(values.shape)}")
         self._alive.append(values.detach().to("cpu", torch.float32).contiguous().clone())
         return self._alive[-1].data_ptr()
+
+    def _check_places(self, keys: Tensor, values: Tensor, batch: int, bound: int) -> None:
+        """keys, values: (layers, batch, kv_heads, capacity, head_dim) of one dtype."""
+        shape, capacity = self.shape, keys.shape[3]
+        size = (keys.shape[0], batch, shape.num_kv_heads, capacity, shape.head_dim)
+        for name, cache in (("keys", keys), ("values", values)):
+            if cache.shape != size or not cache.is_contiguous() or cache.dtype != keys.dtype:
+                raise ValueError(f"{name} should be {size} {keys.dtype} contiguous: got {tuple(cache.shape)}")
+        if not 0 < bound <= min(capacity, self._model.max_position):
+            raise ValueError(f"bound should be in 1..{min(capacity, self._model.max_position)}: got {bound}")
+
+    def _check_fault(self, fault: int, positions: Tensor, bound: int) -> None:
+        """What the library returned."""
+        if fault == 2:
+            raise ValueError(f"positions should be in [0, {bound}): got {positions.tolist()}")
+        if fault:
+            raise MemoryError(NO_MEMORY)
+
+
+class NativeDecoder(NativeLayers):
+    """A Llama-family decoder (RMSNorm, half-split rotary embedding, grouped-query attention, SwiGLU) on this CPU.
+
+    embedding and lm_head (V, H); the two may be one object. final_norm (H,). cos, sin: as for NativeLayers.
+    """
+
+    def __init__(
+        self,
+        shape: NativeShape,
+        embedding: PackedMatrix,
+        layers: Sequence[NativeLayer],
+        final_norm: Tensor,
+        lm_head: PackedMatrix,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        super().__init__(shape, layers, shape.hidden_size, cos, sin)
+        vocabulary = (shape.vocab_size, shape.hidden_size)
+        self._model.final_norm = self._floats("final_norm", final_norm, vocabulary[1:])
+        self._model.embedding = self._matrix("embedding", embedding, vocabulary)
+        self._matrix("lm_head", lm_head, vocabulary)
+        self._lm_head = PackedLinear(lm_head)
 
     def forward(
         self,
@@ -280,16 +327,11 @@ class NativeDecoder:
         batch, queries = token_ids.shape
         capacity = keys.shape[3]
         layers = shape.num_layers if num_layers is None else num_layers
-        cache_shape = (keys.shape[0], batch, shape.num_kv_heads, capacity, shape.head_dim)
-        for name, cache in (("keys", keys), ("values", values)):
-            if cache.shape != cache_shape or not cache.is_contiguous() or cache.dtype != keys.dtype:
-                raise ValueError(f"{name} should be {cache_shape} {keys.dtype} contiguous: got {tuple(cache.shape)}")
+        self._check_places(keys, values, batch, bound)
         if keys.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"keys should be float32 or bfloat16: got {keys.dtype}")
         if not 0 <= layers <= min(shape.num_layers, keys.shape[0]):
             raise ValueError(f"num_layers should be at most {min(shape.num_layers, keys.shape[0])}: got {layers}")
-        if not 0 < bound <= min(capacity, self._model.max_position):
-            raise ValueError(f"bound should be in 1..{min(capacity, self._model.max_position)}: got {bound}")
         if token_ids.dtype != torch.int64 or positions.dtype != torch.int64 or positions.shape != token_ids.shape:
             raise ValueError("token_ids and positions should be int64 of one shape (B, Q)")
         token_ids, positions = token_ids.contiguous(), positions.contiguous()
@@ -315,10 +357,7 @@ class NativeDecoder:
         )
         if fault == 1:
             raise ValueError(f"token_ids should be in [0, {shape.vocab_size}): got {token_ids.tolist()}")
-        if fault == 2:
-            raise ValueError(f"positions should be in [0, {bound}): got {positions.tolist()}")
-        if fault:
-            raise MemoryError("no memory for the forward's buffers")
+        self._check_fault(fault, positions, bound)
         return hidden
 
     def _recorded(
@@ -334,4 +373,4 @@ class NativeDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., H) float32 -> (..., V) float32."""
-        return _multiply(self._library, self._model, hidden)
+        return self._lm_head(hidden)

@@ -15,7 +15,8 @@ import torch
 
 from flashspec.cache import cache_dir
 
-SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in ("", "_weights", "_verify", "_step"))
+PARTS = ("", "_weights", "_vectors", "_head", "_verify", "_step")
+SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in PARTS)
 
 
 def available() -> bool:
@@ -46,7 +47,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.flashspec_forward.argtypes = (
         [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer] * 2 + [integer, pointer, integer]
     )
-    loaded.flashspec_logits.argtypes = [pointer, pointer, integer, pointer, integer]
+    loaded.flashspec_head.argtypes = [pointer] * 5 + [integer] * 2 + [pointer] * 2 + [integer] * 2 + [pointer, integer]
+    loaded.flashspec_product.argtypes = [pointer, pointer, ctypes.c_double, pointer, integer, pointer, integer]
     loaded.flashspec_verify.argtypes = [pointer, integer]
     loaded.flashspec_gumbel.argtypes = [pointer] * 2 + [integer] * 4 + [pointer]
     loaded.flashspec_commit.argtypes = [pointer]

@@ -142,7 +142,7 @@ def _prepare(
     config = head_config(target, settings, len(vocabulary), features)
     vocabulary = vocabulary.to(target.decoder.device)
     sample = make_batch(rollouts, range(min(len(rollouts), SAMPLE))).to(target.decoder.device)
-    scales = feature_scales(hidden_states(target.decoder, sample.token_ids, features))
+    scales = feature_scales(hidden_states(target.decoder, sample.token_ids, features), sample.lengths)
     head = build_head(config, target, vocabulary, scales, settings.seed)
     teacher = Teacher(vocabulary, target.decoder.weights.lm_head[vocabulary.ids])
     written = read_json(work.written)

@@ -45,8 +45,10 @@ def hidden_states(model: Decoder, token_ids: Tensor, feature_layers: Sequence[in
     return Reading(embedding, torch.cat([features[index] for index in feature_layers], -1), final)
 
 
-def feature_scales(reading: Reading) -> list[float]:
+def feature_scales(reading: Reading, lengths: Tensor) -> list[float]:
     """The median size (root mean square) of each of the fused features; the mean would be that of a text's first token,
     which is 40 times the others' in SmolLM2."""
-    parts = torch.split(reading.fused.float(), reading.final.shape[-1], -1)
+    positions = torch.arange(reading.final.shape[1], device=lengths.device)
+    inside = positions < lengths[:, None]  # (B, T): behind its end a text's states may be hundreds of times as large
+    parts = torch.split(reading.fused[inside].float(), reading.final.shape[-1], -1)
     return [float(part.pow(2).mean(-1).sqrt().median()) for part in parts]

@@ -96,19 +96,18 @@ class Fit:
         at, settings = self.position, self.settings
         if not at.measures:
             self._look(measured)
-        last, looked, loss, said = self.clock(), at.seconds, None, math.nan
+        last, looked, loss, said = self.clock(), at.seconds, None, ""
         for epoch, place, indices in endless(self.rollouts, self.batch_tokens, settings.seed, at.epoch, at.place):
             if stopped() or at.seconds >= self.seconds:
                 break
             before, loss = loss, self._step(indices)
             if before is not None:  # read while the device takes this step
-                said = self._finite(before)
+                said = f"loss {self._finite(before):.3f}, "
             at.steps, at.epoch, at.place = at.steps + 1, epoch, place
             now = self.clock()
             at.seconds, last = at.seconds + now - last, now
-            progress(
-                f"training: loss {said:.3f}, {at.measures[-1].length:.2f} tokens a step", at.seconds / self.seconds
-            )
+            length = at.measures[-1].length
+            progress(f"training: {said}{length:.2f} tokens a step", at.seconds / self.seconds)
             if at.seconds - looked >= settings.measure_every and at.seconds < self.seconds:
                 looked = at.seconds
                 self._finite(loss)
@@ -185,7 +184,7 @@ class Fit:
             tensors |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS if moments}
         notes = {
             "seconds": at.seconds, "steps": at.steps, "tokens": at.tokens, "epoch": at.epoch, "place": at.place,
-            "measures": [measure.to_json() for measure in at.measures],
+            "measures": [measure.to_json() for measure in at.measures], "batch_tokens": self.batch_tokens,
         }  # fmt: skip
         write_tensors(path, tensors, {"position": notes})
 
@@ -194,6 +193,7 @@ class Fit:
         tensors, notes = read_tensors(path)
         position = notes["position"]
         measures = [Measure.from_json(measure) for measure in position.pop("measures")]
+        self.batch_tokens = position.pop("batch_tokens")  # the place counts batches of this size
         self.position = Position(**position, measures=measures)
         weights = {name: tensors.get(f"weight.{name}") for name in self.head.state_dict()}
         for name, tensor in self.head.state_dict().items():

@@ -20,12 +20,15 @@ R = TypeVar("R")
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """On a GPU as torch.compile makes it; its first argument that is a tensor says where."""
-    fast = torch.compile(function)
+
+    @functools.cache
+    def fast() -> Callable[P, R]:
+        return torch.compile(function)  # loads the compiler, which takes a second
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        return (fast if decoding.available(device) else function)(*args, **kwargs)
+        return (fast() if decoding.available(device) else function)(*args, **kwargs)
 
     return run
 

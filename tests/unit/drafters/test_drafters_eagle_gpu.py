@@ -55,12 +55,13 @@ def head_of(**changes: Any) -> EagleHead:
     weights = replace(model.weights, layers=(layer,), lm_head=normal(PARTS, HIDDEN))
     fusion = Fusion((1, 2, 3), normal(HIDDEN, 3 * TARGET_HIDDEN), 1 + normal(HIDDEN), torch.arange(PARTS))
     head = EagleHead(model.config, weights, fusion)
-    head._packed.clear()  # bfloat16 copies of its weights
+    head._packed = None  # its weights in q8_0
     return head
 
 
 def on_the_fast_path(head: EagleHead) -> EagleHead:
     fast = EagleHead(head.config, head.weights, head.fusion)
+    fast._packed = None
     fast._few_tokens = fast._fused = FewTokensHead(head.config, head.weights, head._inv_freq, head.fusion)
     return fast
 

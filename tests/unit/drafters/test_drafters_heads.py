@@ -28,6 +28,8 @@ from flashspec.drafters.ngram import NgramDrafter
 from flashspec.engine.arms import make_drafter
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
+from flashspec.kernels import native_build
+from flashspec.kernels.native import PackedMatrix
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
 from flashspec.sampling.sampler import make_sampler
@@ -95,8 +97,10 @@ def test_drafts_longer_than_the_window_and_the_context(tmp_path: Path, temperatu
 
 def eagle_logits(folder: Path, text: Sequence[int], drafted: Sequence[int]) -> Tensor:
     """(len(drafted) + 1, V') from scratch: every token beside the target's states at the token before it, drafted ones
-    beside the head's own; attention over all of them."""
+    beside the head's own; attention over all of them. Its matrices are in q8_0 if the native kernel is there."""
     w = load_file(folder / "model.safetensors")
+    if native_build.available():
+        w |= {name: PackedMatrix.quantised(tensor).dequantise() for name, tensor in w.items() if tensor.dim() == 2}
     states = MODEL(torch.tensor([text]), output_hidden_states=True).hidden_states
     known = torch.cat([states[layer][0] for layer in (2, 3, 4)], -1)[: len(text) - 1] @ w["fc.weight"].T
     embedding, tokens = MODEL.get_input_embeddings().weight, [*text[1:], *drafted]
@@ -192,8 +196,13 @@ def test_an_eagle_head_drafts_as_from_scratch(tmp_path: Path, steps: int, part: 
             assert draft.lengths[row] == 0  # there are no features yet
 
 
-def test_an_eagle_head_catches_up_after_long_accepted_drafts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_an_eagle_head_catches_up_after_long_accepted_drafts(
+    tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The target itself drafts 8 tokens, all of which are accepted: more than a head's window."""
+    if not native:
+        monkeypatch.setattr(native_build, "available", lambda: False)
     folder = write_eagle(tmp_path)
     head = load_head(folder, TARGET, "eagle")
     drafters = {"eagle": head, "self": ModelDrafter(TARGET)}

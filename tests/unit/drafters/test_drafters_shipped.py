@@ -12,9 +12,10 @@ from small_models import llama
 from flashspec import SpeculativeEngine
 from flashspec.core import FlashSpecError
 from flashspec.drafters import shipped
-from flashspec.drafters.heads import is_head, target_hash
+from flashspec.drafters.eagle import EagleDrafter
+from flashspec.drafters.heads import target_hash
 from flashspec.drafters.shipped import shipped_heads
-from flashspec.engine.arms import default_drafters
+from flashspec.engine.arms import default_drafters, make_drafter
 from flashspec.models.loading import LoadedModel, load_model
 
 
@@ -53,7 +54,14 @@ def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path
         SpeculativeEngine.from_pretrained(target, ["medusa"])
 
 
-def test_what_is_in_the_package_are_heads_with_cards() -> None:
-    for folder in shipped.FOLDER.glob("*"):
-        assert is_head(folder) and "Licence" in (folder / "README.md").read_text()
-        assert (folder / "model.safetensors").stat().st_size <= 12_000_000
+def test_a_folder_of_that_name_goes_first(target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped.FOLDER.joinpath("one").rename(tmp_path / "medusa")
+    monkeypatch.chdir(tmp_path)
+    drafter = make_drafter("medusa", target.model, lambda source: pytest.fail("it is no model"))
+    assert isinstance(drafter, EagleDrafter)
+
+
+def test_a_fixed_arm_is_one(target: LoadedModel) -> None:
+    assert [arm.drafter for arm in SpeculativeEngine.from_pretrained(target, bandit={"strategy": "fixed"}).arms] == [
+        "suffix"
+    ]

@@ -74,9 +74,12 @@ def test_default_features_exist_in_small_targets() -> None:
 
 
 def test_scales_are_those_of_most_tokens() -> None:
-    parts = [torch.full((1, 5, 4), float(size)) for size in (1, 2, 3)]
+    parts = [torch.full((2, 5, 4), float(size)) for size in (1, 2, 3)]
     parts[2][0, 0] = 1000.0
-    assert feature_scales(Reading(parts[0], torch.cat(parts, -1), parts[0])) == [1.0, 2.0, 3.0]
+    fused = torch.cat(parts, -1)
+    fused[1, 2:] = 500.0  # padding
+    lengths = torch.tensor([fused.shape[1], 2])
+    assert feature_scales(Reading(parts[0], fused, parts[0]), lengths) == [1.0, 2.0, 3.0]
 
 
 def draft_by_hand(head: Eagle3Head, anchor: int, row: int) -> list[Tensor]:
