@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashspec.core import FlashSpecError
 from flashspec.kernels import decoding
-from flashspec.training.batches import Lesson, endless, held_out_order, make_batch
-from flashspec.training.features import hidden_states
+from flashspec.training.batches import Batch, Lesson, endless, held_out_order, make_batch
+from flashspec.training.features import Reading, hidden_states
 from flashspec.training.files import read_tensors, write_tensors
 from flashspec.training.heads import DraftHead
 from flashspec.training.measure import CHUNK, Measure, Teacher, accepted_lengths, draft_loss, summarise, walk
@@ -66,7 +66,7 @@ class Fit:
         self.known = teacher.vocabulary.t2d.cpu()
         self.multiple = 1  # of how many positions a draft step is taught at a time
         if decoding.available(self.device):
-            head.compile()
+            head.compile_parts()
             self.multiple = CHUNK  # so that the loss is compiled once
         self.optimiser = torch.optim.AdamW(
             head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -136,11 +136,7 @@ class Fit:
 
     def _step(self, indices: list[int]) -> Tensor:
         """The loss, which nobody has waited for."""
-        batch = make_batch(self.rollouts, indices)
-        lesson = Lesson.of(batch, self.known, self.steps, self.multiple).to(self.device)
-        reading = hidden_states(self.target.decoder, batch.to(self.device).token_ids, self.feature_layers)
-        with self._precision():
-            loss = draft_loss(self.head, reading, lesson, self.teacher, self.settings.decay)
+        batch, _, loss = self._read(indices)
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward([loss])
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), CLIP)
@@ -150,18 +146,22 @@ class Fit:
         self.position.tokens += int((batch.lengths - batch.starts).sum())
         return loss.detach()
 
+    def _read(self, indices: list[int]) -> tuple[Batch, Reading, Tensor]:
+        """A batch on the host, what the target makes of it, and the head's loss."""
+        batch = make_batch(self.rollouts, indices)
+        lesson = Lesson.of(batch, self.known, self.steps, self.multiple).to(self.device)
+        reading = hidden_states(self.target.decoder, batch.to(self.device).token_ids, self.feature_layers)
+        with self._precision():
+            return batch, reading, draft_loss(self.head, reading, lesson, self.teacher, self.settings.decay)
+
     def _look(self, measured: Callable[[Measure], None]) -> None:
         """With gradients, which nobody asks for: without them everything would be compiled once more."""
         losses, taken = [], []
-        gamma, decay = self.settings.gamma, self.settings.decay
+        gamma = self.settings.gamma
         for indices in self.held_out:
-            batch = make_batch(self.rollouts, indices)
-            lesson = Lesson.of(batch, self.known, self.steps, self.multiple).to(self.device)
-            batch = batch.to(self.device)
-            reading = hidden_states(self.target.decoder, batch.token_ids, self.feature_layers)
+            batch, reading, loss = self._read(indices)
             with self._precision():
-                loss = draft_loss(self.head, reading, lesson, self.teacher, decay)
-                accepted = accepted_lengths(self.head, reading, batch, self.teacher.vocabulary, gamma)
+                accepted = accepted_lengths(self.head, reading, batch.to(self.device), self.teacher.vocabulary, gamma)
             losses += [float(loss.detach())] * len(indices)
             rows = zip(accepted.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True)
             taken += [count for row, start, length in rows for count in walk(row, start, length, gamma)]

@@ -58,7 +58,7 @@ class DraftHead(nn.Module):
         """The tensors of a checkpoint, by their public names."""
         return self.state_dict()
 
-    def compile(self) -> None:
+    def compile_parts(self) -> None:
         """Make what takes most of the time faster, where it runs on a GPU."""
 
     def _rows(self, own: nn.Linear | None) -> Tensor:
@@ -178,7 +178,7 @@ class Eagle3Head(DraftHead):
             outputs.append(self.norm(feature))
         return outputs
 
-    def compile(self) -> None:
+    def compile_parts(self) -> None:
         self.midlayer.compile_parts()
 
     def lm_rows(self, step: int) -> Tensor:
