@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,13 +13,13 @@ from decoding import TakingTurns
 from fakes import MarkovModel
 from small_models import llama, randomised
 from statistics_of_text import g_test, joint_distribution
+from strict import assert_no_step_synchronises
 from torch import Tensor
 
 from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.drafters.model import ModelDrafter
-from flashspec.engine.loop import Run
 from flashspec.models.base import Features, KVCache
 from flashspec.models.hf import HFModel
 from flashspec.models.loading import LoadedModel, load_model
@@ -113,36 +111,12 @@ def test_coupled_text_depends_on_the_target_alone(target: Any, near: ModelDrafte
     assert all(text == texts[0] for text in texts)
 
 
-@contextmanager
-def synchronising_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("arms", ARMS, ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_no_step_synchronises(
     target: Any, near: ModelDrafter, arms: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(target, near, arms, temperature=temperature, seed=1)
-    engine.generate(PROMPTS, 60)
-    launch, strict = Run._launch, [0]
-
-    def strictly(self: Run, *arguments: Any) -> Any:
-        if not self.flights and not any(len(text) > len(p) for text, p in zip(self.state.texts, PROMPTS, strict=False)):
-            return launch(self, *arguments)  # a prefill may
-        strict[0] += 1
-        with synchronising_is_an_error():
-            return launch(self, *arguments)
-
-    monkeypatch.setattr(Run, "_launch", strictly)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # a drafter that fails, or cannot be captured, warns
-        assert [len(row) for row in rows(engine.generate(PROMPTS, 60))] == [60] * 3
-    assert strict[0] > 5
+    assert_no_step_synchronises(engine_of(target, near, arms, temperature=temperature, seed=1), PROMPTS, monkeypatch)
 
 
 class Markov(MarkovModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from decoding import TakingTurns
 from small_heads import LAYERS, PART, VOCAB, write_eagle, write_medusa, write_tiny
 from small_models import llama
+from strict import assert_no_step_synchronises
 
 from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
 from flashspec.core import Draft
 from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter
 from flashspec.drafters.heads import load_head
-from flashspec.engine.loop import Run
 from flashspec.engine.state import DecodeState
 from flashspec.models.loading import LoadedModel, load_model
 from flashspec.sampling.sampler import make_sampler
@@ -151,22 +150,4 @@ def test_an_eagle_heads_kernels_draft_as_pytorch(folders: dict[str, Path], dtype
 def test_no_step_synchronises(
     target: LoadedModel, folders: dict[str, Path], arms: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(target, folders, arms, temperature=temperature, seed=1)
-    engine.generate(PROMPTS, 60)
-    launch, strict = Run._launch, [0]
-
-    def strictly(self: Run, *arguments: Any) -> Any:
-        if not self.flights and not any(len(text) > len(p) for text, p in zip(self.state.texts, PROMPTS, strict=False)):
-            return launch(self, *arguments)  # a prefill may
-        strict[0] += 1
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return launch(self, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Run, "_launch", strictly)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # a drafter that fails, or cannot be captured, warns
-        assert [len(row) for row in rows(engine.generate(PROMPTS, 60))] == [60] * 3
-    assert strict[0] > 5
+    assert_no_step_synchronises(engine_of(target, folders, arms, temperature=temperature, seed=1), PROMPTS, monkeypatch)
