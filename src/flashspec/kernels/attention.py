@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.linear import ask_ahead
-from flashspec.kernels.tiling import overlaps
+from flashspec.kernels.tiling import overlapped
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
@@ -289,9 +289,8 @@ def attend(
         torch.empty(batch, n_kv, n_splits, queries * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )
     out = torch.empty(batch * queries, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
-    overlap = overlaps(qkv.device)
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
-    shared |= {"OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+    shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, mixed, stats
     numbers = queries, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
     with torch.cuda.device_of(qkv):

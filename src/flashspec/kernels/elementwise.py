@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.tiling import overlaps
+from flashspec.kernels.tiling import overlapped
 
 
 @triton.jit
@@ -139,10 +139,6 @@ def _gate_kernel(gate_up_ptr, out_ptr, I, BLOCK: tl.constexpr, OVERLAP: tl.const
     tl.store(out_ptr + token * I + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _overlapped(device: torch.device) -> dict[str, bool]:
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
-
-
 def embed(
     token_ids: Tensor,
     positions: Tensor,
@@ -177,7 +173,7 @@ def embed(
             HALF=triton.next_power_of_2(half),
             SQUARES=triton.next_power_of_2(n_squares),
             num_warps=8,
-            **_overlapped(embedding.device),
+            **overlapped(embedding.device),
         )
     return hidden, weighted, squares, waves
 
@@ -215,7 +211,7 @@ def join(
             WIDTH=triton.next_power_of_2(width),
             HALF=triton.next_power_of_2(half),
             num_warps=8,
-            **_overlapped(embedding.device),
+            **overlapped(embedding.device),
         )
     return both, waves
 
@@ -248,7 +244,7 @@ def _add_norm(
             WIDTH=triton.next_power_of_2(width),
             ADDS=delta is not None,
             num_warps=8,
-            **_overlapped(hidden.device),
+            **overlapped(hidden.device),
         )
 
 
@@ -257,6 +253,6 @@ def gate(gate_up: Tensor) -> Tensor:
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     with torch.cuda.device_of(gate_up):
         _gate_kernel[(tokens, triton.cdiv(width, 2048))](
-            gate_up, out, width, BLOCK=2048, num_warps=4, **_overlapped(gate_up.device)
+            gate_up, out, width, BLOCK=2048, num_warps=4, **overlapped(gate_up.device)
         )
     return out

@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
 from flashspec.kernels.summary import TILE, _combine, _summary_kernel
+from flashspec.kernels.tiling import overlapped
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
 # Swept on an H200. Longer pieces cost less a token, but 132 multiprocessors want many; 16 steps are no better than 8.
@@ -61,8 +63,9 @@ def _verdict_kernel(
     POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Grid (slices of a draw, B)."""
+    """Grid (slices of a draw, B). The rows were complete when the summary began, so only that is waited for."""
     item, row = tl.program_id(0), tl.program_id(1)
     token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
     num_accepted_ptr, next_token_ptr, failed_ptr = results
@@ -77,6 +80,9 @@ def _verdict_kernel(
     token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
     present, within = position <= draft_length, position < draft_length
     index = row * sequences + position
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     top, total, best, moment = _combine(table_ptr, plane, index, present, n_tiles, scale, VARIANT, WIDTH, CHUNKS)
     finite = tl.abs(top) < float("inf")
     if VARIANT != "coupled":
@@ -196,13 +202,32 @@ def verify_logits(
     shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
     lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread
     draw_warps = 4 if cut.draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
+    overlap = overlapped(target_logits.device)
     with torch.cuda.device_of(target_logits):
         _summary_kernel[(cut.n_tiles, sequences, batch_size)](
-            *common, gamma, vocab_size, cut.steps, VARIANT=variant, SKIP=batch_size > 4, LANES=lanes, num_warps=WARPS
+            *common,
+            gamma,
+            vocab_size,
+            cut.steps,
+            VARIANT=variant,
+            SKIP=batch_size > 4,
+            LANES=lanes,
+            num_warps=WARPS,
+            **overlap,
         )
         steps = cut.n_tiles, cut.draw_steps
         _verdict_kernel[(cut.n_draws, batch_size)](
-            *common, results, gamma, vocab_size, *steps, epsilon, delta, VARIANT=variant, **shape, num_warps=draw_warps
+            *common,
+            results,
+            gamma,
+            vocab_size,
+            *steps,
+            epsilon,
+            delta,
+            VARIANT=variant,
+            **shape,
+            num_warps=draw_warps,
+            **overlap,
         )
     return num_accepted, next_token, failed
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.tiling import Tiling, choose, overlaps, shared_memory, tiling_of
+from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 LEAST_TOKENS = 16
@@ -199,7 +199,6 @@ def _launch(
     N = out.shape[1]
     strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
     tokens = max(triton.next_power_of_2(M), LEAST_TOKENS)
-    overlap = overlaps(x.device)
     lines, columns = tiling.rows * strands, tokens * strands
     stage_bytes = (lines * (2 if gated else 1) + columns) * tiling.depth * x.itemsize
     threads = 32 * tiling.warps
@@ -232,8 +231,7 @@ def _launch(
             GATED=gated,
             HAS_BIAS=bias is not None,
             ADDS=hidden is not None,
-            OVERLAP=overlap,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
-            **({"launch_pdl": True} if overlap else {}),
+            **overlapped(x.device),
         )

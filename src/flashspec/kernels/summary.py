@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.draw import LARGEST, LOG2E, MIN_HEAT, NEVER, STEP, _gumbel_race
 from flashspec.kernels.reference_fused import TOKEN
@@ -83,12 +84,16 @@ def _summary_kernel(
     VARIANT: tl.constexpr,
     SKIP: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (tiles, sequences, B); sequences: γ + 1 of the target, then γ drafted. Writes a tile's maximum, sum, best
     token and moment to table (4, B, sequences, tiles), behind it a sequence's logit of the draft token, and zeroes the
     state. SKIP leaves out what no verdict can need: a load ahead of the logits' that pays for ragged batches."""
     tile, sequence, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     sequences, n_tiles = tl.num_programs(1), tl.num_programs(0)
     index = row * sequences + sequence
     plane = tl.num_programs(2) * sequences * n_tiles

@@ -123,6 +123,11 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """The options of a launch whose kernel does."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may use."""
