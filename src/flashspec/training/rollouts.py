@@ -23,6 +23,7 @@ HELD_OUT = 16  # every 16th prompt is kept from training, up to MOST_HELD_OUT of
 MOST_HELD_OUT = 256
 ANSWERS = (0.0, 0.7)  # the temperatures of the answers; held-out ones are greedy
 SHORTEST = 4  # tokens written, below which a text teaches nothing
+STRAGGLERS = 0.25  # of a batch: when only so many of its texts go on, they are cut, as a step costs what it did for all
 Clock = Callable[[], float]
 
 
@@ -119,11 +120,12 @@ class Writer:
         self._seeds = count(seed * 1_000_003)
 
     def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0) -> list[Prompt]:
-        """What the target adds to each; cut short when time is over, empty where its logits are not finite."""
+        """What the target adds to each; cut short when time is over or most texts are, empty where its logits are not
+        finite."""
         sampling = SamplingConfig(temperature=temperature, seed=next(self._seeds))
         generation = self.engine.stream(prompts, most, sampling=sampling)
-        for _ in generation:
-            if self._over():
+        for chunk in generation:
+            if len(chunk.record.rows) <= STRAGGLERS * len(prompts) or self._over():
                 break
         result = generation.result()
         rows = zip(result.output_ids.tolist(), result.finish_reasons, strict=True)
@@ -157,7 +159,9 @@ def write_rollouts(
     else:
         source = _file_tasks(file_prompts(prompts, target, half), rows, folder.prompts)
     while not over() and folder.tokens < settings.most_tokens:
-        tasks = next(source)
+        tasks: list[_Task] = []
+        while len(tasks) < len(ANSWERS) * rows and not over():  # full batches
+            tasks += next(source)
         texts = []
         for temperature in ANSWERS:
             asked = [task for task in tasks if task.temperature == temperature]

@@ -28,7 +28,7 @@ SETTINGS = Settings(
     seconds=60.0,
     writing_share=0.4,
     most_tokens=2000,
-    rows=16,
+    rows=8,
     length=32,
     batch_tokens=256,
     learning_rate=5e-3,
@@ -87,7 +87,7 @@ def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, t
     outcome = train(source, tmp_path / "head", replace(SETTINGS, kind=kind))
     assert not outcome.interrupted
     first, last = outcome.measures[0], outcome.measures[-1]
-    assert last.loss < first.loss - 0.3
+    assert last.loss < first.loss - 0.1
     assert last.length > first.length + 0.2
 
     target = load_target(source, "cpu")
@@ -196,7 +196,7 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
         "kind": kind,
         "target": str(source),
         "target_hash": load_target(source, "cpu").hash(),
-        "feature_layers": [1, 0, 0],  # of three layers
+        "feature_layers": [-1, 0, 1],  # of three layers
         "shares_lm_head": shares,
     }
     assert outcome.bytes == (tmp_path / "head" / "model.safetensors").stat().st_size
