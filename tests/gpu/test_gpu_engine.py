@@ -94,6 +94,22 @@ def test_greedy_text_is_that_of_transformers_and_of_eager_steps(
 
 
 @pytest.mark.parametrize(
+    ("batches", "longest"), [([[prompt] for prompt in PROMPTS], 15), ([PROMPTS[::2]], 7)], ids=["alone", "two-rows"]
+)
+def test_text_in_bfloat16_has_the_same_bits_with_every_arm(batches: list[list[list[int]]], longest: int) -> None:
+    """Where a forward has at most 16 tokens, all rows together; the second time every step is a graph."""
+    target, suffix = load_model(model_of().bfloat16()), f"suffix:{longest}"
+    plain = engine_of(target, None, ["plain"])
+    expected = [rows(plain.generate(batch, 120)) for batch in batches]
+    for arms in ([suffix], ["ngram:4"], ["plain", "ngram:4", suffix]):
+        engine = engine_of(target, None, arms)
+        for _ in range(2):
+            results = [engine.generate(batch, 120) for batch in batches]
+            assert [rows(result) for result in results] == expected
+        assert all(result.acceptance_rate > 0 for result in results)
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {},

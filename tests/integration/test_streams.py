@@ -158,9 +158,18 @@ def test_a_message_that_is_refused_leaves_the_conversation_as_it_was() -> None:
     _, engine = chatting(["yes"])
     talk = engine.conversation()
     with pytest.raises(ValueError, match="prompt 0 has"):
-        list(talk.send("q" * 600))
+        talk.send("q" * 600)  # nobody reads the answer
     assert talk.messages == []
     assert "".join(chunk.text for chunk in talk.send("q0", 20)) == "yes"
+
+
+def test_a_question_is_asked_before_its_answer_is_read() -> None:
+    _, engine = chatting(["yes"])
+    talk = engine.conversation()
+    answer = talk.send("q0", 20)
+    assert talk.messages == [{"role": "user", "content": "q0"}] and talk.last.prompts
+    assert "".join(chunk.text for chunk in answer) == "yes"
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
 def test_an_answer_left_early_joins_the_messages() -> None:

@@ -67,6 +67,21 @@ def test_few_tokens_attend_through_our_kernel(name: str, kernel: list[int | None
     assert kernel == [*SEEN[name]] * 2
 
 
+@pytest.mark.parametrize("name", SEEN)
+def test_a_rule_that_layers_share_is_asked_once(
+    name: str, kernel: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, slots_seen = [], hf._slots_seen
+
+    def noted(rule, longest: int, device: torch.device) -> int:
+        asked.append(rule)
+        return slots_seen(rule, longest, device)
+
+    monkeypatch.setattr(hf, "_slots_seen", noted)
+    HFModel(build(wide(name)))
+    assert len(asked) == len(set(SEEN[name]))
+
+
 def test_a_kernel_that_fails_its_trial_is_left_out(kernel: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashspec.kernels.attention.LOG2_E", 9.0)
     model = build(wide("gpt2"))

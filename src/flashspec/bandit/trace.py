@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from math import log, pi
-from random import Random
 from typing import TextIO
 
 from flashspec.bandit.base import DraftSelector
@@ -68,13 +67,6 @@ def play(
     for decision in on_their_way:
         decision.report_to(selector)
     return decisions
-
-
-def play_bernoulli(
-    selector: DraftSelector, rates: Sequence[float], n_rounds: int, random: Random, delay: int = 0
-) -> list[Decision]:
-    """Play arms whose one draft token is accepted with probability `rates[arm]`."""
-    return play(selector, lambda arm: Decision(arm, int(random.random() < rates[arm])), n_rounds, delay)
 
 
 def replay(selector: DraftSelector, trace: Sequence[Decision], delay: int = 0) -> list[Decision]:

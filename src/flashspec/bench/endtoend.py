@@ -43,7 +43,8 @@ def run(
     transformers' plain and compiled generate; null where the other side of a ratio was not among the methods.
     acceptance_per_position: of the draft tokens at each position, the share that was accepted. device None: what the
     machine has. drafters: names, ids, folders of models or heads, GGUF files; none of them: the default ones. methods:
-    as `make_method` has them.
+    as `make_method` has them. first_call_seconds: of the first call of a method in the run, which is no take: it
+    compiles, captures, warms up. It stands in the row of the first prompts and batch size; null in all others.
     shape: widen the target to it, and the heads with it."""
     single = [name for name in methods if name in ("hf-lookup", "hf-assisted")]
     if single and max(batch_sizes) > 1:
@@ -56,10 +57,11 @@ def run(
     longest = max(len(prompt) for found in encoded.values() for prompt in found)
     setup = replace(setup, room=longest + max_new_tokens, arms=tuple(name for name in methods if is_arm(name)))
     made = {name: make_method(name, setup) for name in methods}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, found in encoded.items():
         for size in batch_sizes:
-            rows += summarise(name, *_decode(name, batches(found, size), made, progress), size)
+            takes, first = _decode(name, batches(found, size), made, progress)
+            rows += summarise(name, takes, {} if rows else first, size)
     settings = {
         "target": setup.loaded.name,
         "drafters": [setup.short(name) for name in setup.drafters],
@@ -85,7 +87,7 @@ def batches(prompts: list[list[int]], size: int) -> Batches:
 def _decode(
     name: str, found: Batches, methods: dict[str, Method], progress: Progress | None
 ) -> tuple[dict[str, list[Take]], dict[str, float]]:
-    """Takes, and the seconds of each method's first call, which is not among them: it compiles, captures, warms up."""
+    """Takes, and the seconds of each method's call ahead of them: new prompts or batch sizes may want captures too."""
     takes: dict[str, list[Take]] = {method: [] for method in methods}
     order = list(methods)
     longest = max(found, key=lambda batch: max(map(len, batch)))
@@ -108,7 +110,7 @@ def _encode(prompt: str, setup: Setup) -> list[int]:
 def summarise(
     prompts: str, takes: dict[str, list[Take]], first: dict[str, float], batch_size: int = 1
 ) -> list[dict[str, Any]]:
-    """One row a method; n counts answers; first: seconds of each method's first call."""
+    """One row a method; n counts answers; first: seconds of the first call, of methods that had none before."""
     plain = takes.get("plain")
     hugging_face = [takes[name] for name in (*HF_DTYPES, "hf-compiled") if name in takes]
     best = max(hugging_face, key=lambda found: median(take.tokens_per_second for take in found), default=None)
@@ -121,7 +123,7 @@ def summarise(
             "n": sum(len(take.rows) for take in found),
             "tokens": sum(take.n_tokens for take in found),
             "tokens_per_second": round(median(take.tokens_per_second for take in found), 2),
-            "first_call_seconds": round(first[name], 3),
+            "first_call_seconds": round(first[name], 3) if name in first else None,
             "acceptance_length": _acceptance_length(found),
             "acceptance_per_position": _acceptance_per_position(found),
             "speedup_vs_plain": _speedup(found, plain),

@@ -137,7 +137,8 @@ _SPECULATION = (
     click.option(
         "--drafter",
         multiple=True,
-        help="A registered name (see 'flashspec models') or a model like --target. Repeatable.  [default: suffix]",
+        help="A registered name (see 'flashspec models'), a head's folder or a model like --target. Repeatable.  "
+        "[default: suffix, and eagle3 where its head for the target comes with FlashSpec; selector fixed: suffix]",
     ),
     click.option(
         "--selector",

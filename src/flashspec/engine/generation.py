@@ -138,11 +138,15 @@ class Conversation:
         self.memory = PrefixCache()
 
     def send(self, message: str, max_new_tokens: int | None = None, **changes: Any) -> Iterator[Chunk]:
-        """Ask, and stream the answer; it joins the messages when it ends, or is left early."""
+        """Ask, and stream the answer. The question joins the messages at once, if it can be answered: ValueError as for
+        `generate`. The answer is written while it is read, and joins them when it ends, or is left early."""
         messages = [*self.messages, {"role": "user", "content": message}]
         self.last = self.engine.stream(messages, max_new_tokens, memory=self.memory, **changes)
         self.messages = messages
+        return self._answer(self.last)
+
+    def _answer(self, generation: Generation) -> Iterator[Chunk]:
         try:
-            yield from self.last
+            yield from generation
         finally:
-            self.messages.append({"role": "assistant", "content": self.last.result().text})
+            self.messages.append({"role": "assistant", "content": generation.result().text})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class LatencyTracker:
-    """Percentiles and mean, in milliseconds, of the last `window` durations; NaN while there are none.
+    """Percentiles, in milliseconds, of the last `window` durations; NaN while there are none.
 
     clock: seconds, never running backwards.
     """
@@ -46,10 +46,6 @@ class LatencyTracker:
     def count(self) -> int:
         """Durations in the window."""
         return len(self._milliseconds)
-
-    @property
-    def mean(self) -> float:
-        return sum(self._milliseconds) / self.count if self.count else math.nan
 
     @property
     def p50(self) -> float:

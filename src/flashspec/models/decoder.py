@@ -111,6 +111,9 @@ class Decoder:
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.weights.embedding, self.weights.lm_head, self.weights.final_norm)
 
+    def first_rows(self) -> Vocabulary:
+        return self.vocabulary().first_rows()
+
     def forward(
         self,
         token_ids: Tensor,

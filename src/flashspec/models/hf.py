@@ -78,6 +78,9 @@ class HFModel:
             raise FlashSpecError(f"{self._name} has no LM head that a drafter could share")
         return Vocabulary(self._body.get_input_embeddings().weight.detach(), head.weight.detach())
 
+    def first_rows(self) -> Vocabulary:
+        return self.vocabulary().first_rows()
+
     def forward(
         self,
         token_ids: Tensor,
@@ -142,9 +145,11 @@ class HFModel:
             return
         if self._head_dim % 16 or self._head_dim > 256:
             return
-        seen = [_slots_seen(probe.rules.get(layer), self.max_context, ids.device) for layer in range(self.num_layers)]
-        if 0 in seen:
+        rules = [probe.rules.get(layer) for layer in range(self.num_layers)]
+        asked = {rule: _slots_seen(rule, self.max_context, ids.device) for rule in set(rules)}  # layers share them
+        if 0 in asked.values():
             return
+        seen = [asked[rule] for rule in rules]
         self._windows = tuple(None if slots == self.max_context else slots for slots in seen)
         try:
             difference = self._difference(ids, theirs)

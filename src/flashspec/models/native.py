@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashspec.kernels.native import GGUF_BLOCK_BYTES, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
-from flashspec.models.base import Features, KVCache, Vocabulary
+from flashspec.kernels.native import GGUF_BLOCK_BYTES, PANEL, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
+from flashspec.models.base import FIRST_ROWS, Features, KVCache, Vocabulary
 from flashspec.models.checkpoint import Checkpoint
 from flashspec.models.decoder import DecoderConfig, empty_cache
 from flashspec.models.gguf import GgufFile
@@ -61,9 +62,14 @@ class NativeModel:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 
     def vocabulary(self) -> Vocabulary:
-        embedding, lm_head = (self._matrices[name] for name in (_EMBEDDING, self._lm_head))
-        unpacked = embedding.dequantise()
-        return Vocabulary(unpacked, unpacked if lm_head is embedding else lm_head.dequantise(), self._final_norm)
+        return self._unpacked(self.vocab_size)
+
+    def first_rows(self) -> Vocabulary:
+        return self._unpacked(FIRST_ROWS)
+
+    def _unpacked(self, count: int) -> Vocabulary:
+        unpacked = {name: _first_rows(self._matrices[name], count) for name in {_EMBEDDING, self._lm_head}}
+        return Vocabulary(unpacked[_EMBEDDING], unpacked[self._lm_head], self._final_norm)
 
     def forward(
         self,
@@ -152,6 +158,10 @@ def _layer(config: DecoderConfig, checkpoint: Checkpoint, matrices: Matrices, in
     }
     parts |= {field: matrices[_name(index, field)] for field in _LAYER}
     return NativeLayer(**parts)
+
+
+def _first_rows(matrix: PackedMatrix, count: int) -> Tensor:
+    return replace(matrix, data=matrix.data[: -(-count // PANEL)], rows=min(count, matrix.rows)).dequantise()
 
 
 def _name(index: int, matrix: str) -> str:

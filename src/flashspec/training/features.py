@@ -24,8 +24,11 @@ class Reading:
 
 
 def default_feature_layers(num_layers: int) -> list[int]:
-    """Low, middle, high, as public EAGLE-3 heads have them; index i is the residual stream after layer i, from 0."""
-    return [entered - 1 for entered in eagle_layers(num_layers)]
+    """Low, middle, high, as public EAGLE-3 heads have them, ascending; index i is the residual stream after layer i, -1
+    the embedding. Below 7 layers, where those coincide, the highest three that there are, or fewer. The last layer's is
+    never among them: a drafter sees it behind the final norm only."""
+    entered = eagle_layers(num_layers) if num_layers >= 7 else range(max(num_layers - 3, 0), num_layers)
+    return [layer - 1 for layer in entered]
 
 
 @torch.no_grad()
@@ -36,7 +39,7 @@ def hidden_states(model: Decoder, token_ids: Tensor, feature_layers: Sequence[in
     waves = rotary_waves(config.inv_freq, config.rotary_scale, torch.arange(length, device=model.device))
     masks = {window: window_mask(length, window, model.device) for window in set(config.windows)}
     embedding = F.embedding(token_ids, weights.embedding)
-    hidden, features = embedding, {}
+    hidden, features = embedding, {-1: embedding}
     for index, layer in enumerate(weights.layers):
         hidden = decoder_layer(config, layer, hidden, waves, masks[config.windows[index]])
         if index in feature_layers:

@@ -5,6 +5,7 @@ from random import Random
 from threading import Thread
 
 import pytest
+from bernoulli import play_bernoulli
 
 from flashspec.bandit import (
     ArmStats,
@@ -16,7 +17,6 @@ from flashspec.bandit import (
     make_selector,
 )
 from flashspec.bandit.base import MAX_OUTSTANDING
-from flashspec.bandit.trace import play_bernoulli
 
 RATES = (0.2, 0.8, 0.5)
 STRATEGIES = ("ucb1", "thompson", "oracle", "fixed")

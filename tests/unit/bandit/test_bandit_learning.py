@@ -6,9 +6,10 @@ from statistics import mean
 from timeit import repeat
 
 import pytest
+from bernoulli import play_bernoulli
 
 from flashspec.bandit import make_selector
-from flashspec.bandit.trace import cumulative_regret, play_bernoulli, ucb1_regret_bound
+from flashspec.bandit.trace import cumulative_regret, ucb1_regret_bound
 
 STATIONARY = (0.3, 0.7, 0.5)
 POLICIES = ("ucb1", "thompson")

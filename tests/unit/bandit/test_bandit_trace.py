@@ -3,13 +3,13 @@ from math import log, pi
 from random import Random
 
 import pytest
+from bernoulli import play_bernoulli
 
 from flashspec.bandit import FixedSelector, OracleSelector, ThompsonSelector, UCB1Selector
 from flashspec.bandit.trace import (
     Decision,
     cumulative_regret,
     play,
-    play_bernoulli,
     read_trace,
     replay,
     ucb1_regret_bound,

@@ -108,6 +108,31 @@ def test_a_run_writes_rows_provenance_and_a_plot(tmp_path: Path, monkeypatch: py
     assert table(result).row_count == 4
 
 
+def test_a_methods_first_call_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two prompt sets at two batch sizes, the first of each."""
+    loaded = LoadedModel(MarkovModel.random(8, 3), None, (), "markov")
+    monkeypatch.setattr(methods, "load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr(endtoend, "_encode", lambda prompt, setup: Words().encode(prompt))
+    calls: dict[str, int] = {}
+
+    def counted(name: str, setup: Setup) -> methods.Method:
+        def method(batch: list[list[int]]) -> Take:
+            calls[name] = calls.get(name, 0) + 1
+            return Take(tuple((1,) for _ in batch), float(calls[name]))
+
+        return method
+
+    monkeypatch.setattr(endtoend, "make_method", counted)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("abc\nhello\n")
+    paths, output = [tmp_path / "one.txt", tmp_path / "two.txt"], tmp_path / "result.json"
+    result = endtoend.run(
+        "markov", [], paths, ["plain", "auto"], max_new_tokens=2, device="cpu", output=output, batch_sizes=[1, 2]
+    )
+    assert [row["first_call_seconds"] for row in result["rows"]] == [1.0, 1.0, *[None] * 6]
+    assert calls == {"plain": 10, "auto": 10}  # two calls ahead of the takes of each set, at each of two sizes
+
+
 def test_methods_of_transformers_agree_with_plain_decoding(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     setup = Setup.load(str(tmp_path), (str(tmp_path),), "cpu", "float32", 8, 0.0)

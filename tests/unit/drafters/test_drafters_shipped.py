@@ -16,7 +16,9 @@ from flashspec.drafters.eagle import EagleDrafter
 from flashspec.drafters.heads import target_hash
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.engine.arms import default_drafters, make_drafter
+from flashspec.models.base import Vocabulary
 from flashspec.models.loading import LoadedModel, load_model
+from flashspec.models.native import NativeModel
 
 
 @pytest.fixture
@@ -41,6 +43,29 @@ def test_a_target_gets_its_head_unasked(target: LoadedModel) -> None:
     plain = SpeculativeEngine.from_pretrained(target, [])
     texts = [one.generate([[3, 7, 1]], 20, temperature=0).output_ids.tolist() for one in (engine, alone, plain)]
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_target_gets_its_head_in_either_precision(target: LoadedModel, tmp_path: Path, dtype: str) -> None:
+    assert default_drafters(load_model(tmp_path / "target", dtype=dtype).model) == ["suffix", "eagle3"]
+
+
+def test_a_start_unpacks_the_vocabulary_once(target: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at all where the head is another's: its first rows tell."""
+    if not isinstance(target.model, NativeModel):
+        pytest.skip("needs the native kernel")
+    asked, vocabulary = [], NativeModel.vocabulary
+
+    def noted(model: NativeModel) -> Vocabulary:
+        asked.append(model)
+        return vocabulary(model)
+
+    monkeypatch.setattr(NativeModel, "vocabulary", noted)
+    SpeculativeEngine.from_pretrained(target)
+    assert len(asked) == 1
+    path = shipped.FOLDER / "one" / "config.json"
+    path.write_text(path.read_text().replace(target_hash(target.model.first_rows()), "0" * 64))
+    assert default_drafters(target.model) == ["suffix"] and len(asked) == 1
 
 
 def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path: Path) -> None:

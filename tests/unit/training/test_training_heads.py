@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from small_models import llama
 from torch import Tensor
 
+from flashspec.drafters.heads import eagle_layers
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
 from flashspec.training.batches import Batch, Lesson
@@ -69,8 +70,17 @@ def test_features_see_through_a_sliding_window() -> None:
 
 def test_default_features_exist_in_small_targets() -> None:
     assert default_feature_layers(30) == [1, 14, 26]
-    for count in (2, 3, 4):
-        assert all(0 <= layer < count - 1 for layer in default_feature_layers(count))
+    for count in range(1, 9):
+        layers = default_feature_layers(count)
+        assert layers == sorted(set(layers)) and len(layers) == min(count, 3)
+        assert all(-1 <= layer < count - 1 for layer in layers)
+    for count in range(7, 100):  # a head that names none is read so
+        assert default_feature_layers(count) == [entered - 1 for entered in eagle_layers(count)]
+
+
+def test_layer_minus_one_is_the_embedding() -> None:
+    reading = hidden_states(MODEL, TEXTS, [-1, 0])
+    assert torch.equal(reading.fused, torch.cat([reading.embedding, hidden_states(MODEL, TEXTS, [0]).fused], -1))
 
 
 def test_scales_are_those_of_most_tokens() -> None:
