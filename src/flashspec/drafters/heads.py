@@ -22,12 +22,11 @@ from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads, score_by
 from flashspec.drafters.model import ModelDrafter
-from flashspec.models.base import LanguageModel, SharesVocabulary, Vocabulary
+from flashspec.models.base import FIRST_ROWS, LanguageModel, SharesVocabulary, Vocabulary
 from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
 KINDS = ("eagle3", "medusa", "tiny")
-HASHED_ROWS = 64
 MEDUSA_FILE = "medusa_lm_head.safetensors"
 
 
@@ -42,7 +41,7 @@ def target_hash(vocabulary: Vocabulary) -> str | None:
     rounded to bfloat16. None where there is no such norm."""
     if vocabulary.final_norm is None:
         return None
-    marked = torch.cat([vocabulary.final_norm[None], vocabulary.embedding[:HASHED_ROWS]]).bfloat16().float()
+    marked = torch.cat([vocabulary.final_norm[None], vocabulary.embedding[:FIRST_ROWS]]).bfloat16().float()
     return hashlib.sha256(marked.cpu().numpy().tobytes()).hexdigest()
 
 
