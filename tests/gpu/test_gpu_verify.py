@@ -82,18 +82,32 @@ def test_cuts_equal_their_twins(spread: float, dtype: torch.dtype, vocab_size: i
         assert ((kept.sum(-1) - size).abs() <= (size // 200 + 1) * (cuts[1] is not None)).all()
 
 
+def empty_draft(rows: int, gamma: int, vocab_size: int | None, device: str = DEVICE) -> Draft:
+    lengths = torch.empty(rows, dtype=torch.int64, device=device)
+    weights = None if vocab_size is None else torch.empty(rows, gamma, vocab_size, device=device)
+    return Draft(lengths.new_empty(rows, gamma), lengths, weights, lengths.new_empty(rows, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])
 @pytest.mark.parametrize("rows", [1, 13])
 def test_choices_equal_their_twins(rows: int, vocab_size: int) -> None:
     for purpose, dtype in ((0, torch.float32), (3, torch.bfloat16)):
         arguments = problem(rows, 1, vocab_size, dtype, True, 5)
         logits = arguments["target_logits"][:, 0]
-        common = logits, arguments["seeds"], arguments["lengths"], arguments["temperature"], purpose
-        weights = [torch.empty(rows, vocab_size, device=DEVICE) for _ in range(2)]
-        found = kernels.choose_tokens(*common, weights=weights[0])
-        wanted = twins.choose_tokens(*common, weights=weights[1])
-        assert torch.equal(found[0], wanted[0]) and found[1].all() and wanted[1].all()
-        assert torch.equal(*weights)
+        common = arguments["seeds"], arguments["lengths"], arguments["temperature"], purpose
+        part = 2 * torch.randperm(vocab_size, device=DEVICE)
+        found, wanted = empty_draft(rows, 3, vocab_size), empty_draft(rows, 3, vocab_size)
+        for offset in range(3):
+            if offset == 2:
+                logits[0, vocab_size // 2] = float("nan")
+            kernels.choose_tokens(logits, found, offset, *common, part=part)
+            twins.choose_tokens(logits, wanted, offset, *common, part=part)
+        assert torch.equal(found.token_ids[1:], wanted.token_ids[1:])
+        assert torch.equal(found.token_ids[0, :2], wanted.token_ids[0, :2])
+        assert found.lengths.tolist() == wanted.lengths.tolist() == [2] + [3] * (rows - 1)
+        assert found.faulty is not None and found.faulty.tolist() == [True] + [False] * (rows - 1)
+        assert found.logits is not None and wanted.logits is not None
+        assert torch.equal(found.logits.nan_to_num(7.0), wanted.logits.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("size", [300, 9000, 131_072])
@@ -131,14 +145,11 @@ def test_a_captured_step_decides_as_the_cpu_does(settings: dict[str, Any]) -> No
 
     def run(which: int, logits: Tensor, lengths: Tensor) -> list[Tensor]:
         sampler = samplers[which]
-        weights = None if sampler.one_hot_drafts else torch.empty_like(logits[:, :gamma])
-        ids = [
-            sampler.draw(logits[:, i] + 0.3, lengths + i, None if weights is None else weights[:, i])[0]
-            for i in range(gamma)
-        ]
-        draft = Draft(torch.stack(ids, 1), torch.full_like(lengths, gamma), weights)
+        draft = empty_draft(rows, gamma, None if sampler.one_hot_drafts else vocab_size, logits.device.type)
+        for offset in range(gamma):
+            sampler.draw(logits[:, offset] + 0.3, draft, offset, lengths, vocab_size)
         verdict, failed = sampler.verify(logits, draft, lengths)
-        return [draft.token_ids, *verdict, failed]
+        return [draft.token_ids, draft.lengths, *verdict, failed]
 
     run(0, logits, lengths)
     torch.cuda.synchronize()

@@ -258,26 +258,26 @@ def test_wrong_verifiers_are_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> N
     assert p_value(Case("wrong", ("model:3",))) < 1e-9
 
 
-def gives_mass_to_what_is_never_drafted(chosen, weights, token_ids):  # type: ignore[no-untyped-def]
-    outside = [token for token in range(weights.shape[1]) if token not in token_ids]
+def gives_mass_to_what_is_never_drafted(draft, offset, part):  # type: ignore[no-untyped-def]
+    weights = draft.logits[:, offset]
+    outside = [token for token in range(weights.shape[1]) if token not in part]
     weights[:, outside] = weights.amax(1, keepdim=True)
-    return chosen
 
 
-def forgets_to_map_back(chosen, weights, token_ids):  # type: ignore[no-untyped-def]
-    return (token_ids == chosen[:, None]).long().argmax(1)
+def forgets_to_map_back(draft, offset, part):  # type: ignore[no-untyped-def]
+    draft.token_ids[:, offset] = (part == draft.token_ids[:, offset, None]).long().argmax(1)
 
 
 @pytest.mark.parametrize("wrong", [gives_mass_to_what_is_never_drafted, forgets_to_map_back])
 @pytest.mark.parametrize("arm", ["trimmed:3", "medusa:3", "eagle:3"])
 def test_wrong_trimmed_drafts_are_caught(arm: str, wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    right = Sampler.draw_part
+    right = Sampler.draw
 
-    def draw_part(self, logits, positions, weights, token_ids, vocab_size):  # type: ignore[no-untyped-def]
-        chosen, finite = right(self, logits, positions, weights, token_ids, vocab_size)
-        return wrong(chosen, weights, token_ids), finite
+    def draw(self, logits, draft, offset, lengths, vocab_size, part, least):  # type: ignore[no-untyped-def]
+        right(self, logits, draft, offset, lengths, vocab_size, part, least)
+        wrong(draft, offset, part)
 
-    monkeypatch.setattr(Sampler, "draw_part", draw_part)
+    monkeypatch.setattr(Sampler, "draw", draw)
     assert p_value(Case("wrong", (arm,))) < 1e-9
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashspec import kernels
-from flashspec.core import FinishReason
-from flashspec.kernels import TRITON_AVAILABLE, native_build, native_step, reference_fused
+from flashspec.core import Draft, FinishReason
+from flashspec.kernels import TRITON_AVAILABLE, native_build, native_choose, native_step, reference_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU = torch.device("cpu")
 
 if TRITON_AVAILABLE:
     from flashspec.kernels import append, choose, cut, lookup
@@ -110,30 +112,58 @@ def test_tokens_ruled_out_before_are_not_counted() -> None:
 def choice(
     batch_size: int, vocab_size: int, dtype: torch.dtype = torch.float32, bias: bool = False, floors: bool = False
 ) -> dict[str, Any]:
+    """Rows at four temperatures; the draft is at its third token, where some rows' drafts are over."""
     generator = torch.Generator().manual_seed(vocab_size)
     temperature = torch.tensor([1.0, 0.7, 0.0, 1.3]).repeat(batch_size)[:batch_size]
-    return {"logits": logits_of(batch_size, vocab_size, dtype=dtype)} | on_device(
+    return {"logits": logits_of(batch_size, vocab_size, dtype=dtype), "offset": 2, "purpose": 0} | on_device(
         seeds=torch.randint(2**62, (batch_size,), generator=generator),
-        positions=torch.randint(2**33, (batch_size,), generator=generator),
+        lengths=torch.randint(2**33, (batch_size,), generator=generator),
         temperature=temperature,
+        part=3 * torch.randperm(vocab_size, generator=generator) if bias else None,
         bias=torch.randn(batch_size, vocab_size, generator=generator) if bias else None,
         floors=torch.linspace(-1, 4, batch_size) if floors else None,
     )
 
 
-def assert_choices_equal(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    shape = arguments["logits"].shape
-    weights = [torch.full((shape[0], 3, shape[1]), math.nan, device=DEVICE) for _ in range(2)]
-    found = choose.choose_tokens(**arguments, purpose=0, weights=weights[0][:, 1])
-    expected = reference_fused.choose_tokens(**arguments, purpose=0, weights=weights[1][:, 1])
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0][found[1]], expected[0][found[1]])
-    assert ((found[0] >= 0) & (found[0] < shape[1])).all()
-    assert torch.equal(weights[0].nan_to_num(7.0), weights[1].nan_to_num(7.0))
+def begun_draft(batch_size: int, vocab_size: int, weights: bool) -> Draft:
+    """A third of the rows ended at their second token."""
+    over = torch.arange(batch_size, device=DEVICE) % 3 == 1
+    size = (batch_size, 4, vocab_size)
+    return Draft(
+        torch.full(size[:2], -7, device=DEVICE),
+        torch.where(over, 1, 2),
+        torch.full(size, math.nan, device=DEVICE) if weights else None,
+        over.clone(),
+    )
+
+
+def assert_choices_equal(choose_tokens: Callable[..., None], arguments: dict[str, Any], weights: bool = True) -> Draft:
+    """The same in every column, but for tokens of logits that are not finite, which need only be some of the part's."""
+    (batch_size, vocab_size), part = arguments["logits"].shape, arguments["part"]
+    found, expected = (begun_draft(batch_size, vocab_size, weights) for _ in range(2))
+    choose_tokens(draft=found, **arguments)
+    reference_fused.choose_tokens(draft=expected, **arguments)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert found.faulty is not None and expected.faulty is not None and torch.equal(found.faulty, expected.faulty)
+    biased = arguments["logits"].float() + (0 if arguments["bias"] is None else arguments["bias"])
+    finite = biased.amax(-1).isfinite()
+    assert torch.equal(found.token_ids[finite], expected.token_ids[finite])
+    known = torch.arange(vocab_size, device=DEVICE) if part is None else part
+    assert torch.isin(found.token_ids[:, arguments["offset"]], known).all()
+    if found.logits is not None and expected.logits is not None:
+        assert torch.equal(found.logits.nan_to_num(7.0), expected.logits.nan_to_num(7.0))
     return found
 
 
-@needs_triton
+@pytest.fixture(params=["triton", "native"])
+def choose_tokens(request: pytest.FixtureRequest) -> Callable[..., None]:
+    if request.param == "triton":
+        return choose.choose_tokens if TRITON_AVAILABLE else pytest.skip("Triton is not installed")
+    if DEVICE == "cuda" or not native_build.available():
+        pytest.skip(native_build.why_not() or "C++ is for CPUs")
+    return native_choose.choose_tokens
+
+
 @quiet
 @pytest.mark.parametrize(("bias", "floors"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
@@ -141,20 +171,51 @@ def assert_choices_equal(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     [(6, 100, torch.float32), (2, 8193, torch.bfloat16), (0, 50, torch.float32), (1, 10_000, torch.float16)],
 )
 def test_choices_equal_their_twins(
-    batch_size: int, vocab_size: int, dtype: torch.dtype, bias: bool, floors: bool
+    choose_tokens: Callable[..., None], batch_size: int, vocab_size: int, dtype: torch.dtype, bias: bool, floors: bool
 ) -> None:
-    assert_choices_equal(choice(batch_size, vocab_size, dtype, bias, floors))
+    assert_choices_equal(choose_tokens, choice(batch_size, vocab_size, dtype, bias, floors))
 
 
-@needs_triton
 @quiet
-def test_choices_say_which_rows_are_not_finite() -> None:
-    arguments = choice(8, 2500)
+@pytest.mark.parametrize("purpose", [None, 3])
+def test_choices_without_weights_equal_their_twins(choose_tokens: Callable[..., None], purpose: int | None) -> None:
+    for vocab_size in (1, 2, 63, 64, 65, 1000):
+        for seed in range(5):
+            arguments = choice(4, vocab_size) | {"logits": logits_of(4, vocab_size, seed=seed), "purpose": purpose}
+            if purpose is None:
+                arguments["temperature"] = torch.zeros(4, device=DEVICE)
+            assert_choices_equal(choose_tokens, arguments, weights=False)
+
+
+@quiet
+def test_the_first_of_the_best_is_chosen(choose_tokens: Callable[..., None]) -> None:
+    """Few logits, so that many are the largest."""
+    arguments = choice(5, 700) | {"temperature": torch.zeros(5, device=DEVICE)}
+    arguments["logits"] = torch.randint(3, (5, 700), generator=torch.Generator().manual_seed(1)).float().to(DEVICE)
+    assert_choices_equal(choose_tokens, arguments)
+
+
+@quiet
+def test_a_draft_ends_before_logits_that_are_not_finite(choose_tokens: Callable[..., None]) -> None:
+    arguments = choice(9, 2500)
     arguments["logits"][0, 2400] = math.nan
-    arguments["logits"][1, 3] = math.inf
-    arguments["logits"][2] = -math.inf
-    arguments["logits"][3, :2000] = -math.inf
-    assert assert_choices_equal(arguments)[1].tolist() == [False] * 3 + [True] * 5
+    arguments["logits"][2, 3] = math.inf
+    arguments["logits"][3] = -math.inf
+    arguments["logits"][4, 0] = math.nan
+    arguments["logits"][5, :2000] = -math.inf
+    draft = assert_choices_equal(choose_tokens, arguments)
+    assert draft.lengths.tolist() == [2, 1, 2, 2, 1, 3, 3, 1, 3]
+    assert draft.faulty is not None
+    assert draft.faulty.tolist() == [True, True, True, True, True, False, False, True, False]
+
+
+@quiet
+def test_a_draft_begins_anew_where_the_text_is_long_enough(choose_tokens: Callable[..., None]) -> None:
+    arguments = choice(6, 100) | {"offset": 0, "least": 2, "lengths": torch.tensor([1, 2, 9, 1, 2, 9], device=DEVICE)}
+    arguments["logits"][3:, 70] = math.nan
+    draft = assert_choices_equal(choose_tokens, arguments)
+    assert draft.lengths.tolist() == [0, 1, 1, 0, 0, 0]
+    assert draft.faulty is not None and draft.faulty.tolist() == [False, False, False, False, True, True]
 
 
 def texts(batch_size: int, size: int, words: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -258,7 +319,9 @@ def test_the_doors_lead_there(interpret: bool, monkeypatch: pytest.MonkeyPatch) 
     logits = torch.tensor([[0.0, 9.0, 1.0]], device=DEVICE)
     seeds = torch.tensor([5], device=DEVICE)
     assert kernels.cut_floors(logits[None], one, seeds * 0 + 1).tolist() == [[9.0]]
-    assert kernels.choose_tokens(logits, seeds, seeds, one * 0, 0)[0].tolist() == [1]
+    draft = begun_draft(1, 3, weights=False)
+    kernels.choose_tokens(logits, draft, 2, seeds, seeds, one * 0, 0)
+    assert draft.token_ids.tolist() == [[-7, -7, 1, -7]] and draft.lengths.tolist() == [3]
     assert kernels.look_up(tokens, seeds, 5, 2, 3, 1)[0].tolist() == [[3, 1]]
     packed = kernels.commit(**commitment(2, 2))
     assert packed.shape == (2, 8)
@@ -271,8 +334,14 @@ def test_no_twin_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
         rows, logits = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3, 9)
         floors = kernels.cut_floors(logits, torch.ones(2), rows, torch.ones(2), torch.ones(2), max_top_k=4)
         assert floors.shape == (2, 3)
-        assert kernels.choose_tokens(logits[:, 0], rows, rows, torch.ones(2), 0, floors=floors[:, 0])[0].shape == (2,)
+        for offset in range(2):
+            draft = Draft(torch.zeros(2, 4).long(), rows.clone(), logits.new_empty(2, 4, 9), rows > 0)
+            kernels.choose_tokens(logits[:, 0], draft, offset, rows, rows, torch.ones(2), 0, floors=floors[:, 0])
         assert kernels.look_up(torch.zeros(2, 8, dtype=torch.int64), rows, 4, 3, 2, 1)[0].shape == (2, 3)
+
+
+def interleaved() -> Draft:
+    return replace(begun_draft(2, 5, True), token_ids=torch.zeros(4, 2, dtype=torch.int64).T)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +359,12 @@ def test_no_twin_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
             lambda: kernels.commit(**(commitment(2, 1) | {"lengths": torch.ones(4).long()[::2]})),
             "lengths is written in place",
         ),
+        (lambda: kernels.choose_tokens(**choice(2, 5), draft=begun_draft(2, 6, True)), "draft.logits should have"),
+        (lambda: kernels.choose_tokens(**choice(2, 5), draft=interleaved()), "draft.token_ids is written in place"),
+        (lambda: kernels.choose_tokens(**choice(2, 5), draft=Draft.empty(2, CPU)), "draft.faulty should be"),
         (
-            lambda: kernels.choose_tokens(
-                torch.zeros(1, 2), *[torch.ones(1).long()] * 2, torch.ones(1), 0, weights=torch.zeros(2, 2).T[:1]
-            ),
-            "weights should have its tokens side by side",
+            lambda: kernels.choose_tokens(**choice(2, 5) | {"offset": 4}, draft=begun_draft(2, 5, False)),
+            r"\(2, 5\): got",
         ),
     ],
 )

@@ -52,14 +52,11 @@ class DraftContext(Protocol):
         """Whether drafts count as certain, whatever they were drawn from."""
         ...
 
-    def draw(
-        self, logits: Tensor, offset: int, weights: Tensor | None, token_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw draft tokens from logits (B, V) for text position `lengths + offset`, as the request samples.
+    def draw(self, logits: Tensor, draft: Draft, offset: int, part: Tensor | None = None, least: int = 1) -> None:
+        """Draw token `offset` of a draft from logits (B, V) for text position `lengths + offset`, as the request
+        samples, and write it there: `kernels.choose_tokens` says what, and of `least`.
 
-        weights: (B, V) float32, where the log-weights they are drawn from go; None for one-hot drafts.
-        token_ids: (V',) int64, where logits (B, V') are of these tokens only and all others have q = 0.
-        Returns ids (B,) int64 and (B,) bool, False where logits are not finite and the id means nothing."""
+        part: (V',) int64, where logits (B, V') are of these tokens only and all others have q = 0."""
         ...
 
 

@@ -18,28 +18,26 @@ def write_chain(
     hidden: Tensor,
     read_next: Callable[[Tensor, int], Tensor],
     part: Tensor | None = None,
+    least: int = 1,
 ) -> Draft:
     """Draw `length` tokens a row. hidden: (B, hidden) after the committed text, of which score makes logits (B, V);
-    read_next(token_ids (B,), offset) gives the next after feeding one more. part: (V',) int64, the tokens that logits
-    (B, V') are of, where that is not all. A row's draft ends before its first logits that are not finite."""
-    token_ids, sound, weights = [], [], None
+    read_next(token_ids (B, 1), offset) gives the next after feeding one more. part: (V',) int64, the tokens that logits
+    (B, V') are of, where that is not all. A row's draft ends before its first logits that are not finite; one whose
+    text is shorter than `least` has none."""
+    size, weights = (len(hidden), length), None
+    if not context.one_hot_drafts:
+        weights = hidden.new_empty(*size, context.target.model.vocab_size, dtype=torch.float32)
+    token_ids, lengths = hidden.new_empty(size, dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.int64)
+    draft = Draft(token_ids, lengths, weights, torch.empty_like(lengths, dtype=torch.bool))
     for offset in range(length):
-        logits = score(hidden)  # (B, V)
-        if weights is None and not context.one_hot_drafts:
-            size = context.target.model.vocab_size
-            weights = logits.new_empty(len(logits), length, size, dtype=torch.float32)
-        chosen, finite = context.draw(logits, offset, None if weights is None else weights[:, offset], part)
-        token_ids.append(chosen)
-        sound.append(finite)
+        context.draw(score(hidden), draft, offset, part, least)
         if offset + 1 < length:
-            hidden = read_next(chosen, offset + 1)
-    lengths = torch.stack(sound, 1).long().cumprod(1).sum(1)  # (B,)
-    return Draft(torch.stack(token_ids, 1), lengths, weights, lengths < length)
-
-
-def with_features(draft: Draft, lengths: Tensor) -> Draft:
-    """Without the rows whose only token the target has not read."""
-    known = lengths > 1
-    draft.lengths = draft.lengths * known
-    draft.faulty = None if draft.faulty is None else draft.faulty & known
+            hidden = read_next(token_ids[:, offset, None], offset + 1)
     return draft
+
+
+def slots_from(lengths: Tensor, first: int, count: int, capacity: int) -> Tensor:
+    """(B, count) int64: lengths + first, lengths + first + 1 ... of lengths (B,), within a cache. Made once for a whole
+    draft, as every operation on a few numbers takes a GPU 2 us, and column by column, as columns are what is read."""
+    ahead = torch.arange(first, first + count, device=lengths.device)[:, None]
+    return (lengths + ahead).clamp(0, capacity - 1).T

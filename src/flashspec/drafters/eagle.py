@@ -12,7 +12,7 @@ from torch import Tensor
 from flashspec.core import Draft
 from flashspec.drafters import eagle_cpu
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.drafters.chain import with_features, write_chain
+from flashspec.drafters.chain import slots_from, write_chain
 from flashspec.drafters.eagle_cpu import PackedHead
 from flashspec.models.base import Features, KVCache, LanguageModel
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
@@ -95,21 +95,23 @@ class HeadReader(Reader):
         assert isinstance(self.model, EagleHead)
         return self.model
 
-    def read_text(self, tokens: Tensor, slots: Tensor, lengths: Tensor, bound: int) -> Tensor:
-        """Read slots (B, Q) of tokens (B, T), up to lengths - 2; (B, hidden) of the last ones."""
+    def read_text(self, tokens: Tensor, slots: Tensor, bound: int) -> Tensor:
+        """Read slots (B, Q) of tokens (B, T); (B, hidden) of the last ones."""
         assert self.target.features is not None
         fused = self.head.fuse(self.target.features, slots)
-        hidden = self.extend(tokens.gather(1, slots + 1), fused, slots, bound)
-        torch.minimum(slots[:, -1] + 1, lengths - 1, out=self.cached)
-        return hidden
+        return self.extend(tokens.gather(1, slots + 1), fused, self.within(slots), bound)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, bound: int) -> Tensor:
-        slots = slots.clamp(max=self.cache.capacity - 1)  # as in `read`
         return self.head.extend(token_ids, hidden, slots, self.cache, min(bound, self.cache.capacity))
+
+    def within(self, slots: Tensor) -> Tensor:
+        return slots.clamp(max=self.cache.capacity - 1)  # as in `read`
 
     def read_on(self, tokens: Tensor, lengths: Tensor, bound: int, size: int) -> None:
         slots = self.cached[:, None] + torch.arange(size, device=self.cached.device)
-        self.read_text(tokens, torch.minimum(slots, lengths[:, None] - 2).clamp(min=0), lengths, bound)
+        slots = torch.minimum(slots, lengths[:, None] - 2).clamp(min=0)  # up to the last whose token is known
+        self.read_text(tokens, slots, bound)
+        torch.minimum(slots[:, -1] + 1, lengths - 1, out=self.cached)
 
     def restart(self, bound: int, kept: int = 0) -> None:
         super().restart(bound, max(kept - 1, 0))  # the last slot kept knows the token after it
@@ -151,16 +153,17 @@ class EagleProposer(Proposer):
         context.catch_up(self.reader)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
-        reader, last = self.reader, context.lengths[:, None] - 2  # (B, 1), the last slot whose features are known
-        window = torch.arange(1 - reader.lag, 1, device=last.device)
-        slots = (last + window).clamp(min=0)  # (B, lag)
-        hidden = reader.read_text(context.tokens, slots, context.lengths, context.bound)
+        reader, head, lag = self.reader, self.reader.head, self.reader.lag
+        # The last slots whose features are known, then those of the draft.
+        slots = slots_from(context.lengths, -1 - lag, lag + length - 1, context.capacity)
+        hidden = reader.read_text(context.tokens, slots[:, :lag], context.bound)
+        torch.sub(context.lengths, 1, out=reader.cached)
+        ahead = reader.within(slots[:, lag:])  # (B, length - 1)
 
         def read_next(token_ids: Tensor, offset: int) -> Tensor:
             nonlocal hidden
-            slots = (last + offset).clamp(min=0)
-            hidden = reader.extend(token_ids[:, None], hidden[:, None], slots, context.bound + offset)
+            hidden = reader.extend(token_ids, hidden[:, None], ahead[:, offset - 1, None], context.bound + offset)
             return hidden
 
-        draft = write_chain(context, length, reader.head.logits, hidden, read_next, reader.head.fusion.part)
-        return with_features(draft, context.lengths)
+        # A text of one token has no features yet.
+        return write_chain(context, length, head.logits, hidden, read_next, head.fusion.part, least=2)

@@ -3,11 +3,11 @@ with the same values, no second cache."""
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.drafters.chain import write_chain
+from flashspec.drafters.chain import slots_from, write_chain
 from flashspec.models.base import LanguageModel
 
 
@@ -37,12 +37,11 @@ class EarlyExitProposer(Proposer):
 
     def propose(self, context: DraftContext, length: int) -> Draft:
         model, cache = context.target.model, context.target.cache
-        start = context.lengths[:, None] - 1  # (B, 1), where the last committed token stands
+        slots = slots_from(context.lengths, -1, length, cache.capacity)  # (B, length), the last committed token's first
 
-        def read_next(token_ids: torch.Tensor, offset: int) -> torch.Tensor:
-            positions = (start + offset).clamp(max=cache.capacity - 1)
+        def read_next(token_ids: Tensor, offset: int) -> Tensor:
             bound = min(context.bound + offset, cache.capacity)
-            return model.forward(token_ids[:, None], positions, cache, bound, self.num_layers)[:, -1]
+            return model.forward(token_ids, slots[:, offset, None], cache, bound, self.num_layers)[:, -1]
 
-        last = context.tokens.gather(1, start)[:, 0]
+        last = context.tokens.gather(1, slots[:, :1])
         return write_chain(context, length, model.logits, read_next(last, 0), read_next)

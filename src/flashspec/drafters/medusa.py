@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.drafters.chain import with_features, write_chain
+from flashspec.drafters.chain import write_chain
 from flashspec.kernels import decoding
 from flashspec.models.base import LanguageModel
 
@@ -89,5 +89,5 @@ class MedusaProposer(Proposer):
         length = min(length, heads.count)
         last = (context.lengths[:, None] - 2).clamp(min=0)  # (B, 1), whose features are known
         logits = heads.logits(features.at((heads.layer,), last)[:, 0], length)  # (length, B, V')
-        draft = write_chain(context, length, lambda x: x, logits[0], lambda _, offset: logits[offset], heads.part)
-        return with_features(draft, context.lengths)
+        # A text of one token has no features yet.
+        return write_chain(context, length, lambda x: x, logits[0], lambda _, i: logits[i], heads.part, least=2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.drafters.chain import write_chain
+from flashspec.drafters.chain import slots_from, write_chain
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
@@ -49,13 +49,15 @@ class ModelProposer(Proposer):
         context.catch_up(self.reader)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
-        # Two tokens at first: the one before the last is unread if the previous draft was accepted whole.
-        positions = context.lengths[:, None] + torch.arange(-2, 0, device=context.lengths.device)  # (B, 2)
-        window = context.tokens.gather(1, positions.clamp(min=0))
         reader = self.reader
-        hidden = reader.read(window, positions, context.bound)[:, -1]
+        # Two tokens at first: the one before the last is unread if the previous draft was accepted whole.
+        slots = slots_from(context.lengths, -2, length + 1, reader.cache.capacity)  # (B, length + 1)
+        window = context.tokens.gather(1, slots[:, :2])
+        hidden = reader.feed(window, slots[:, :2], context.bound)[:, -1]
 
-        def read_next(token_ids: torch.Tensor, offset: int) -> torch.Tensor:
-            return reader.read(token_ids[:, None], positions[:, -1:] + offset, context.bound + offset)[:, -1]
+        def read_next(token_ids: Tensor, offset: int) -> Tensor:
+            return reader.feed(token_ids, slots[:, offset + 1, None], context.bound + offset)[:, -1]
 
-        return write_chain(context, length, reader.model.logits, hidden, read_next, self.part)
+        draft = write_chain(context, length, reader.model.logits, hidden, read_next, self.part)
+        torch.add(slots[:, -1], 1, out=reader.cached)
+        return draft

@@ -171,13 +171,8 @@ class DecodeState:
     def one_hot_drafts(self) -> bool:
         return self.sampler.one_hot_drafts
 
-    def draw(
-        self, logits: Tensor, offset: int, weights: Tensor | None, token_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        positions = self.lengths + offset
-        if token_ids is None:
-            return self.sampler.draw(logits, positions, weights)
-        return self.sampler.draw_part(logits, positions, weights, token_ids, self.model.vocab_size)
+    def draw(self, logits: Tensor, draft: Draft, offset: int, part: Tensor | None = None, least: int = 1) -> None:
+        self.sampler.draw(logits, draft, offset, self.lengths, self.model.vocab_size, part, least)
 
     def score(self, draft: Draft) -> Tensor:
         """The target's logits (B, γ + 1, V) after the last committed token and each draft token."""

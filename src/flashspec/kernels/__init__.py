@@ -14,7 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from flashspec.kernels import native_build, native_step, native_verify, reference, reference_fused
+from flashspec.core import Draft
+from flashspec.kernels import native_build, native_choose, native_step, native_verify, reference, reference_fused
 
 __all__ = [
     "TRITON_AVAILABLE",
@@ -207,44 +208,53 @@ def cut_floors(
 
 def choose_tokens(
     logits: Tensor,
+    draft: Draft,
+    offset: int,
     seeds: Tensor,
-    positions: Tensor,
+    lengths: Tensor,
     temperature: Tensor,
     purpose: int | None,
+    part: Tensor | None = None,
     bias: Tensor | None = None,
     floors: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw a token a row: the argmax of (logits + bias) / temperature + `philox_gumbel` noise, in two launches.
+    least: int = 1,
+) -> None:
+    """Draw token `offset` of every row's draft: the argmax of (logits + bias) / temperature + `philox_gumbel` noise of
+    text position lengths + offset, in two launches.
 
-    logits: (B, V) float32, bfloat16 or float16. seeds, positions: (B,) int64. temperature: (B,) float32, rows at 0 take
-    the argmax without noise. purpose: None where all rows do. bias: (B, V) float32. floors: (B,) float32, biased logits
-    under which a token is out. weights: (B, V) float32, written: the log-weights that the tokens are drawn from.
-    Returns token_ids (B,) int64 in [0, V), and finite (B,) bool, False for rows that hold NaN or +inf, or nothing but
-    -inf; their token means nothing.
+    logits: (B, V) float32, bfloat16 or float16. draft: written. Its token_ids[:, offset] get the tokens, its logits[:,
+    offset], if it has any, what they are drawn from; its lengths count them, from 0 at offset 0. A row's draft ends
+    before its first logits that hold NaN or +inf, or nothing but -inf, and is faulty then; tokens behind mean nothing.
+    seeds, lengths: (B,) int64. temperature: (B,) float32, rows at 0 take the argmax without noise. purpose: None where
+    all rows do. part: (V,) int64, the tokens that logits are of; None: all. bias: (B, V) float32. floors: (B,) float32,
+    biased logits under which a token is out. least: rows of shorter texts propose nothing.
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits should be (B, V) with V >= 1: got shape {tuple(logits.shape)}")
-    device, rows = logits.device, tuple(logits.shape[:1])
-    _check("logits", logits, tuple(logits.shape), _LOGIT_DTYPES, device)
-    _check("seeds", seeds, rows, (torch.int64,), device)
-    _check("positions", positions, rows, (torch.int64,), device)
-    _check("temperature", temperature, rows, (torch.float32,), device)
-    for name, tensor, shape in (
-        ("bias", bias, logits.shape),
-        ("floors", floors, rows),
-        ("weights", weights, logits.shape),
+    if draft.faulty is None:
+        raise ValueError("draft.faulty should be (B,) bool: got None")
+    (rows, size), gamma, device = logits.shape, max(draft.token_ids.shape[-1], offset + 1), logits.device
+    _check("logits", logits, (rows, size), _LOGIT_DTYPES, device)
+    for name, tensor, shape, dtype in (
+        ("draft.token_ids", draft.token_ids, (rows, gamma), torch.int64),
+        ("draft.lengths", draft.lengths, (rows,), torch.int64),
+        ("draft.faulty", draft.faulty, (rows,), torch.bool),
+        ("draft.logits", draft.logits, (rows, gamma, size), torch.float32),
+        ("seeds", seeds, (rows,), torch.int64),
+        ("lengths", lengths, (rows,), torch.int64),
+        ("temperature", temperature, (rows,), torch.float32),
+        ("part", part, (size,), torch.int64),
+        ("bias", bias, (rows, size), torch.float32),
+        ("floors", floors, (rows,), torch.float32),
     ):
         if tensor is not None:
-            _check(name, tensor, tuple(shape), (torch.float32,), device)
-    if weights is not None and weights.stride(1) != 1:
-        raise ValueError(f"weights should have its tokens side by side: got strides {weights.stride()}")
+            _check(name, tensor, shape, (dtype,), device)
+            if name.startswith("draft") and not tensor.is_contiguous():
+                raise ValueError(f"{name} is written in place and should be contiguous: got strides {tensor.stride()}")
+    run = native_choose.choose_tokens if _use_native(logits, seeds) else reference_fused.choose_tokens
     if _use_triton(device):
-        from flashspec.kernels import choose
-
-        return choose.choose_tokens(logits, seeds, positions, temperature, purpose, bias, floors, weights)
-    gumbel = native_verify.philox_gumbel if _use_native(logits, seeds) else reference.philox_gumbel
-    return reference_fused.choose_tokens(logits, seeds, positions, temperature, purpose, bias, floors, weights, gumbel)
+        from flashspec.kernels.choose import choose_tokens as run
+    run(logits, draft, offset, seeds, lengths, temperature, purpose, part, bias, floors, least)
 
 
 def look_up(

@@ -8,16 +8,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashspec.core import Draft
 from flashspec.kernels.draw import LARGEST, NEVER, STEP, _first, _gumbel_race
 from flashspec.kernels.fused import pieces, processors
+from flashspec.kernels.tiling import overlapped
 
 
-@triton.jit(do_not_specialize=["purpose", "steps"])
-def _tiles_kernel(logits, bias, weights, rows, table_ptr, purpose, vocab_size, steps):
+@triton.jit(do_not_specialize=["offset", "purpose", "steps"])
+def _tiles_kernel(logits, bias, weights, rows, table_ptr, offset, purpose, vocab_size, steps, OVERLAP: tl.constexpr):
     """Grid (tiles, B). Writes a tile's best score, its token and the largest logit to table (3, B, tiles)."""
     tile, row = tl.program_id(0), tl.program_id(1)
-    seeds_ptr, positions_ptr, temperature_ptr, floors_ptr = rows
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
     floor = tl.load(floors_ptr + row) if floors_ptr is not None else None
     bias_ptr = bias[0] + row.to(tl.int64) * bias[1] if bias is not None else None
     weights_ptr = weights[0] + row.to(tl.int64) * weights[1] if weights is not None else None
@@ -28,7 +34,7 @@ def _tiles_kernel(logits, bias, weights, rows, table_ptr, purpose, vocab_size, s
         floor,
         tl.load(temperature_ptr + row),
         tl.load(seeds_ptr + row),
-        tl.load(positions_ptr + row),
+        tl.load(lengths_ptr + row) + offset,
         purpose,
         tile * steps * STEP,
         steps,
@@ -41,9 +47,14 @@ def _tiles_kernel(logits, bias, weights, rows, table_ptr, purpose, vocab_size, s
     tl.store(entry + 2 * plane, top)
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
-def _winner_kernel(table_ptr, token_ids_ptr, finite_ptr, n_tiles, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["offset", "gamma", "n_tiles", "least"])
+def _winner_kernel(
+    table_ptr, draft, lengths_ptr, part_ptr, offset, gamma, n_tiles, least, WIDTH: tl.constexpr, OVERLAP: tl.constexpr
+):
     row = tl.program_id(0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     tile = tl.arange(0, WIDTH)  # [WIDTH]
     mask = tile < n_tiles
     plane = tl.num_programs(0) * n_tiles
@@ -51,43 +62,67 @@ def _winner_kernel(table_ptr, token_ids_ptr, finite_ptr, n_tiles, WIDTH: tl.cons
     scores = tl.load(entry, mask=mask, other=NEVER)
     places = tl.load(entry + plane, mask=mask, other=0.0).to(tl.int32, bitcast=True)
     tops = tl.load(entry + 2 * plane, mask=mask, other=NEVER)
-    best = _first(scores, tl.where(mask, places, LARGEST), tl.max(scores, 0))
-    tl.store(token_ids_ptr + row, best.to(tl.int64))
-    tl.store(finite_ptr + row, tl.abs(tl.max(tops, 0)) < float("inf"))
+    best = _first(scores, tl.where(mask, places, LARGEST), tl.max(scores, 0)).to(tl.int64)
+    if part_ptr is not None:
+        best = tl.load(part_ptr + best)
+    token_ids_ptr, draft_lengths_ptr, faulty_ptr = draft
+    tl.store(token_ids_ptr + row * gamma + offset, best)
+    finite = tl.abs(tl.max(tops, 0)) < float("inf")
+    if offset == 0:
+        goes_on = tl.load(lengths_ptr + row) >= least
+        tl.store(draft_lengths_ptr + row, (goes_on & finite).to(tl.int64))
+        tl.store(faulty_ptr + row, goes_on & (finite == 0))
+    elif tl.load(draft_lengths_ptr + row) == offset:
+        tl.store(draft_lengths_ptr + row, offset + finite.to(tl.int64))
+        tl.store(faulty_ptr + row, finite == 0)
 
 
 def choose_tokens(
     logits: Tensor,
+    draft: Draft,
+    offset: int,
     seeds: Tensor,
-    positions: Tensor,
+    lengths: Tensor,
     temperature: Tensor,
     purpose: int | None,
+    part: Tensor | None = None,
     bias: Tensor | None = None,
     floors: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch_size, vocab_size = logits.shape
-    token_ids = torch.empty(batch_size, dtype=torch.int64, device=logits.device)
-    finite = torch.empty(batch_size, dtype=torch.bool, device=logits.device)
+    least: int = 1,
+) -> None:
+    (batch_size, vocab_size), gamma = logits.shape, draft.token_ids.shape[1]
     if not batch_size:
-        return token_ids, finite
+        return
     steps, n_tiles = pieces(batch_size, vocab_size, STEP.value, processors(logits.device))
     table = torch.empty(3 * batch_size * n_tiles, dtype=torch.float32, device=logits.device)
-    rows = (seeds, positions, temperature, floors)
+    rows = tuple(None if tensor is None else tensor.contiguous() for tensor in (seeds, lengths, temperature, floors))
+    overlap = overlapped(logits.device)
     with torch.cuda.device_of(logits):
         _tiles_kernel[(n_tiles, batch_size)](
             _matrix(logits),
             None if bias is None else _matrix(bias),
-            None if weights is None else (weights, weights.stride(0)),
-            tuple(None if tensor is None else tensor.contiguous() for tensor in rows),
+            None if draft.logits is None else _matrix(draft.logits[:, offset]),
+            rows,
             table,
+            offset,
             purpose or 0,
             vocab_size,
             steps,
             num_warps=8,
+            **overlap,
         )
-        _winner_kernel[(batch_size,)](table, token_ids, finite, n_tiles, WIDTH=triton.next_power_of_2(n_tiles))
-    return token_ids, finite
+        _winner_kernel[(batch_size,)](
+            table,
+            (draft.token_ids, draft.lengths, draft.faulty),
+            rows[1],
+            None if part is None else part.contiguous(),
+            offset,
+            gamma,
+            n_tiles,
+            least,
+            WIDTH=triton.next_power_of_2(n_tiles),
+            **overlap,
+        )
 
 
 def _matrix(rows: Tensor) -> tuple[Tensor, int]:

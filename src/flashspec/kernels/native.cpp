@@ -369,4 +369,5 @@ int flashspec_product(const Matrix* weight, const float* norm, double eps, const
 
 #include "native_head.cpp"
 #include "native_verify.cpp"
+#include "native_choose.cpp"
 #include "native_step.cpp"

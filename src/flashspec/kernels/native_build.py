@@ -15,7 +15,7 @@ import torch
 
 from flashspec.cache import cache_dir
 
-PARTS = ("", "_weights", "_vectors", "_head", "_verify", "_step")
+PARTS = ("", "_weights", "_vectors", "_head", "_verify", "_choose", "_step")
 SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in PARTS)
 
 
@@ -51,9 +51,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.flashspec_product.argtypes = [pointer, pointer, ctypes.c_double, pointer, integer, pointer, integer]
     loaded.flashspec_verify.argtypes = [pointer, integer]
     loaded.flashspec_gumbel.argtypes = [pointer] * 2 + [integer] * 4 + [pointer]
+    loaded.flashspec_choose.argtypes = [pointer, integer]
     loaded.flashspec_commit.argtypes = [pointer]
     loaded.flashspec_window.argtypes = [pointer] * 3 + [integer] * 4 + [pointer] * 3
-    for name in ("verify", "gumbel", "commit", "window"):
+    for name in ("verify", "gumbel", "choose", "commit", "window"):
         getattr(loaded, f"flashspec_{name}").restype = None
     return loaded, ""
 

@@ -18,12 +18,21 @@ inline vec logarithm(vec x) {
   return power * 0.693359375f + (s * (series * square + 2.0f) - power * 2.12194440e-4f);
 }
 
+#ifdef __AVX512F__  // by lanes of 64 bits as they lie: GCC 12 widens both halves and multiplies all 64 bits
+inline void multiply(uvec a, uint32_t b, uvec& high, uvec& low) {
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), x = bits<__m512i>(a);
+  const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+  high = bits<uvec>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+  low = bits<uvec>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+}
+#else
 using wide = uint64_t __attribute__((vector_size(8 * LANES)));
 inline void multiply(uvec a, uint32_t b, uvec& high, uvec& low) {
   const wide product = __builtin_convertvector(a, wide) * b;
   high = __builtin_convertvector(product >> 32, uvec);
   low = a * b;
 }
+#endif
 
 // Philox 4x32-10 of LANES groups from `group` on, into the words of their 4 LANES tokens in order.
 inline void hash(Index seed, Index position, uint32_t purpose, Index group, uvec words[4]) {

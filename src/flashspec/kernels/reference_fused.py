@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashspec.core import FinishReason
+from flashspec.core import Draft, FinishReason
 from flashspec.kernels.reference import philox_gumbel, philox_uniform, verify_tokens
 
 ACCEPT, RECOVER, TOKEN = 1, 2, 3  # what a draw is for: sampling.noise.Purpose
@@ -138,26 +138,37 @@ def keep_nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
 
 def choose_tokens(
     logits: Tensor,
+    draft: Draft,
+    offset: int,
     seeds: Tensor,
-    positions: Tensor,
+    lengths: Tensor,
     temperature: Tensor,
     purpose: int | None,
+    part: Tensor | None = None,
     bias: Tensor | None = None,
     floors: Tensor | None = None,
-    weights: Tensor | None = None,
-    gumbel: Callable[[Tensor, Tensor, int, int], Tensor] = philox_gumbel,
-) -> tuple[Tensor, Tensor]:
+    least: int = 1,
+) -> None:
+    assert draft.faulty is not None
     logits = logits.float() if bias is None else logits.float() + bias
     finite = logits.amax(-1).isfinite()
     if floors is not None:
         logits = logits.masked_fill(logits < floors[:, None], NEVER)
     tempered = logits / temperature.clamp(min=COLDEST)[:, None]
-    if weights is not None:
-        weights.copy_(tempered)
-    if purpose is None:
-        return logits.argmax(-1), finite
-    noise = gumbel(seeds, positions[:, None], purpose, logits.shape[1])[:, 0]
-    return torch.where((temperature == 0)[:, None], logits, tempered + noise).argmax(-1), finite
+    if draft.logits is not None:
+        draft.logits[:, offset] = tempered
+    scores = logits
+    if purpose is not None:
+        noise = philox_gumbel(seeds, lengths[:, None] + offset, purpose, logits.shape[1])[:, 0]
+        scores = torch.where((temperature == 0)[:, None], logits, tempered + noise)
+    chosen = scores.argmax(-1)
+    draft.token_ids[:, offset] = chosen if part is None else part[chosen]
+    goes_on = draft.lengths == offset if offset else lengths >= least
+    if offset == 0:
+        draft.lengths.zero_()
+        draft.faulty.zero_()
+    draft.lengths += goes_on & finite
+    draft.faulty |= goes_on & ~finite
 
 
 def look_up(

@@ -54,37 +54,40 @@ class Sampler:
         """Whether drafts count as certain, whatever they were drawn from."""
         return self.transforms.all_greedy or self.config.variant != "rejection"
 
-    def draw(self, logits: Tensor, positions: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A draft token for text position (B,) from a drafter's logits (B, V), and (B,) bool: rows whose logits are
-        finite. weights: (B, V) float32 to write the log-weights to that it is drawn from; None for one-hot drafts.
-        Penalties do not bend drafts: any q keeps the text exact."""
+    def draw(
+        self,
+        logits: Tensor,
+        draft: Draft,
+        offset: int,
+        lengths: Tensor,
+        vocab_size: int,
+        part: Tensor | None = None,
+        least: int = 1,
+    ) -> None:
+        """Draw token `offset` of a draft, which decides text position lengths + offset, from a drafter's logits (B, V),
+        as `choose_tokens` says. part: (V',) int64, where logits (B, V') are of these tokens only: the others have
+        q = 0. Penalties do not bend drafts: any q keeps the text exact."""
         transforms, bias, floors = self.transforms, self.transforms.bias, None
+        if part is not None and not (transforms.all_greedy and bias is None):
+            everything = torch.full((len(logits), vocab_size), NEVER, dtype=torch.float32, device=logits.device)
+            logits, part = everything.index_copy_(1, part, logits.float()), None
         if transforms.cuts and not transforms.all_greedy:
             logits, bias = logits if bias is None else logits.float() + bias, None
             floors = transforms.floors(logits[:, None])
         purpose = Purpose.TOKEN if self.config.variant == "coupled" else Purpose.DRAFT
-        return choose_tokens(
+        choose_tokens(
             logits,
+            draft,
+            offset,
             self.seeds,
-            positions,
+            lengths,
             transforms.temperature,
             None if transforms.all_greedy else purpose,
+            part,
             bias,
             None if floors is None else floors[:, 0],
-            weights,
+            least,
         )
-
-    def draw_part(
-        self, logits: Tensor, positions: Tensor, weights: Tensor | None, token_ids: Tensor, vocab_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same from logits (B, V') of a part of the vocabulary, token_ids (V',) int64: the others have q = 0.
-        weights: (B, V) as before."""
-        if self.transforms.all_greedy and self.transforms.bias is None:
-            chosen, finite = self.draw(logits, positions, None)
-            return token_ids[chosen], finite
-        everything = torch.full((len(logits), vocab_size), NEVER, dtype=torch.float32, device=logits.device)
-        everything[:, token_ids] = logits.float()
-        return self.draw(everything, positions, weights)
 
     def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> tuple[Verdict, Tensor]:
         """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens. Returns the

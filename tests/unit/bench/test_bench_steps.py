@@ -16,7 +16,8 @@ from flashspec.bench.parts import Bench
 from flashspec.bench.report import markdown, table
 from flashspec.bench.shapes import DRAFTER_SHAPES, SHAPES, Shape, random_decoder, shape_config
 from flashspec.bench.steps import Plan
-from flashspec.core import FlashSpecError
+from flashspec.core import Arm, FlashSpecError
+from flashspec.drafters.model import ModelDrafter
 from flashspec.models.loading import LoadedModel
 
 TINY = Shape("tiny", 64, 96, 4, 2, 16, 3, 50)
@@ -105,6 +106,18 @@ def test_mbu_is_bytes_over_time_over_bandwidth() -> None:
     assert bench.forward(model, "tiny", 1, 5, "forward")["over_plain"] == 1.2
     eager, graph = (bench.baseline(f"transformers-{kind}", llama_twin(model), 1, 5) for kind in ("eager", "graph"))
     assert (eager["microseconds"], graph["microseconds"]) == (40.0, 12.0)
+
+
+def test_a_draft_model_reads_two_tokens_first() -> None:
+    model = random_decoder(shape_config(TINY), torch.float32, CPU)
+    bench = Bench(
+        LoadedModel(model, None, (), "tiny"), "cpu", fixed_timer(10.0), fixed_timer(40.0), 1, 1e12, 32, 4, 0.0
+    )
+    arm, drafter = Arm("small", 4), ModelDrafter(model, "small")
+    assert bench._forwards(arm, drafter, 1) is None
+    bench.forwards = {("tiny", 1, 5): 100.0, ("small", 1, 1): 7.0}
+    assert bench._forwards(arm, None, 1) == 100.0
+    assert bench._forwards(arm, drafter, 1) == 100.0 + 10.0 + 3 * 7.0
 
 
 def test_a_twin_computes_the_same_without_memory_of_its_own() -> None:

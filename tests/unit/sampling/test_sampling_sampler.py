@@ -24,6 +24,16 @@ def test_transforms_that_are_off_cost_nothing() -> None:
     assert all(getattr(transforms, name) is None for name in names) and not transforms.all_greedy
 
 
+def draw(sampler: Sampler, logits: torch.Tensor, lengths: torch.Tensor, part: torch.Tensor | None = None) -> Draft:
+    """A draft of one token from logits (B, V)."""
+    rows, size = len(logits), 4
+    weights = None if sampler.one_hot_drafts else torch.empty(rows, 1, size)
+    column = torch.zeros(rows, dtype=torch.int64)
+    draft = Draft(column[:, None].clone(), column, weights, torch.zeros(rows, dtype=torch.bool))
+    sampler.draw(logits, draft, 0, lengths, size, part)
+    return draft
+
+
 @pytest.mark.parametrize("settings", [{"logit_bias": {4: 1.0}}, {"logit_bias": {-1: 1.0}}])
 def test_a_bias_outside_the_vocabulary_is_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="ids run from 0 to 3"):
@@ -38,18 +48,32 @@ def test_rows_have_streams_of_their_own() -> None:
 
 def test_greedy_drafts_are_the_most_likely_tokens() -> None:
     sampler = sampler_of(temperature=0)
-    token_ids, finite = sampler.draw(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([5]), None)
-    assert sampler.one_hot_drafts and token_ids.tolist() == [1] and finite.tolist() == [True]
+    draft = draw(sampler, torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([5]))
+    assert draft.logits is None and draft.token_ids.tolist() == [[1]] and draft.lengths.tolist() == [1]
 
 
 def test_drafts_are_drawn_from_the_weights_that_are_reported() -> None:
     rows = 20_000
     sampler = sampler_of(rows, logit_bias={0: 1.0}, top_k=3, temperature=0.7)
     logits = torch.tensor([0.0, 0.5, -0.5, -1.0]).repeat(rows, 1)
-    weights = torch.empty_like(logits)
-    token_ids, _ = sampler.draw(logits, torch.full((rows,), 5), weights)
-    assert not sampler.one_hot_drafts and weights[0, 3] == float("-inf")
-    assert g_test(token_ids[:, None], weights[0].double().softmax(-1)) > 0.001
+    draft = draw(sampler, logits, torch.full((rows,), 5))
+    assert draft.logits is not None and draft.logits[0, 0, 3] == float("-inf")
+    assert g_test(draft.token_ids, draft.logits[0, 0].double().softmax(-1)) > 0.001
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.7}, {"variant": "coupled"}, {"top_k": 3}])
+def test_drafts_from_a_part_are_those_from_logits_that_rule_the_others_out(settings: dict) -> None:
+    rows, part = 50, torch.tensor([0, 3])
+    for bias in ({}, {"logit_bias": {1: 9.0, 3: 1.0}}):
+        sampler = sampler_of(rows, **settings, **bias)
+        logits = torch.randn(rows, 2, generator=torch.Generator().manual_seed(1))
+        everything = torch.full((rows, 4), -float("inf")).index_copy(1, part, logits)
+        lengths = torch.arange(rows) + 3
+        found, expected = draw(sampler, logits, lengths, part), draw(sampler, everything, lengths)
+        assert torch.equal(found.token_ids, expected.token_ids) and set(found.token_ids[:, 0].tolist()) == {0, 3}
+        assert (found.logits is None) == sampler.one_hot_drafts
+        if found.logits is not None and expected.logits is not None:
+            assert torch.equal(found.logits, expected.logits)
 
 
 def test_coupled_drafts_agree_with_the_target_that_is_the_same() -> None:
@@ -57,8 +81,7 @@ def test_coupled_drafts_agree_with_the_target_that_is_the_same() -> None:
     sampler = sampler_of(rows, variant="coupled")
     logits = torch.randn(rows, 2, 4, generator=torch.Generator().manual_seed(1))
     lengths = torch.arange(rows) + 3
-    token_ids, _ = sampler.draw(logits[:, 0], lengths, None)
-    draft = Draft(token_ids[:, None], torch.ones(rows, dtype=torch.int64))
+    draft = draw(sampler, logits[:, 0], lengths)
     verdict, _ = sampler.verify(logits, draft, lengths)
     assert sampler.one_hot_drafts and verdict.num_accepted.tolist() == [1] * rows
 
