@@ -77,7 +77,8 @@ def build_head(
             case Kind.EAGLE3:
                 head = Eagle3Head(shape, shared, scales)
             case Kind.MEDUSA:
-                head = MedusaHeads(shape, shared)
+                sizes = weights.embedding[vocabulary.ids].float().pow(2).mean(-1).sqrt()  # (V',)
+                head = MedusaHeads(shape, shared, None if shared is None else [*scales, float(sizes.median())])
             case _:
                 head = TinyModel(shape, rows)
     with torch.no_grad():
@@ -86,11 +87,23 @@ def build_head(
                 parameter.copy_(rows)
             elif name in ("norm.weight", "model.norm.weight"):  # SmolLM2: a loss of 6.4 at first, and 13.7 unshrunk
                 parameter.copy_(0.3 * weights.final_norm)
-            elif name == "fc.weight":  # the fused feature begins as the highest one
+            elif name == "fc.weight" and isinstance(head, Eagle3Head):  # the fused feature begins as the highest one
                 parameter[:, -size:] += torch.eye(size)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):  # what is random says little at first
                 parameter.mul_(1 / math.sqrt(2 * config["num_hidden_layers"]))
     return head.to(target.decoder.device)
+
+
+def _reads(marks: Mapping[str, Any]) -> str:
+    """What a drafter is told of the text."""
+    layers = ", ".join(map(str, marks["feature_layers"]))
+    if marks["kind"] == Kind.TINY:
+        return "the text"
+    if marks["kind"] == Kind.EAGLE3:
+        return f"the text, and the target's hidden states after layers {layers}"
+    if marks["shares_lm_head"]:
+        return f"the target's hidden states after layers {layers} and its final ones, and the token behind them"
+    return "the target's final hidden states"
 
 
 def write_checkpoint(
@@ -126,6 +139,7 @@ def model_card(
         f"- Target: {target.loaded.name}, revision {target.revision or 'unknown'}, weights {marks['target_hash'][:16]}",
         f"- Licence of the target, of whose text and weights this is made: {licence}",
         f"- Data: {data}",
+        f"- Reads: {_reads(marks)}",
         f"- Draft vocabulary: {config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",
         f"- Seed {settings.seed}, {settings.seconds / 60:g} minutes in all on {target.decoder.device.type}",
         "",
