@@ -36,7 +36,7 @@ def write_medusa(
     **changes: Any,
 ) -> Path:
     """beside: heads that read lower layers and the last token too."""
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (HIDDEN, 4 * HIDDEN)} if beside else {}
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (HIDDEN, 5 * HIDDEN)} if beside else {}
     for head in range(count):
         for block in range(depth):
             shapes[f"{head}.{block}.linear.weight"] = (HIDDEN, HIDDEN)

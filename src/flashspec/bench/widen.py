@@ -110,7 +110,7 @@ def _wide_medusa(heads: MedusaHeads, small: Decoder, wide: Decoder, filler: Fill
     layer = wide.num_layers if heads.layer == small.num_layers else heads.layer
     beside = heads.beside
     if beside is not None:
-        fc = _wide_fc(beside.fc, len(beside.layers) + 1, new, filler)
+        fc = _wide_fc(beside.fc, len(beside.layers) + 2, new, filler)
         beside = Beside(beside.layers, fc, wide.vocabulary().embedding)
     changed = replace(heads, blocks=tuple(blocks), layer=layer, beside=beside)
     if heads.lm_heads is not None:

@@ -187,7 +187,7 @@ def _medusa(head: _Head, name: str) -> Drafter:
     beside = None
     if "fc.weight" in head.file:  # published heads have none
         layers = head.feature_layers()
-        fc = head.weights.read((size, (len(layers) + 1) * size), "fc.weight")
+        fc = head.weights.read((size, (len(layers) + 2) * size), "fc.weight")
         beside = Beside(layers, fc, head.embedder(size))
     own = score = None
     if f"0.{depth}.weight" in head.file:

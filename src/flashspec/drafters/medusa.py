@@ -21,15 +21,15 @@ from flashspec.models.base import LanguageModel
 
 
 class Beside:
-    """What the heads read beside the final hidden state: fc (hidden, (n + 1) hidden) over the target's hidden states of
-    `layers`, low to high, and over the embedding (V, hidden) of the token behind them."""
+    """What the heads add to the final hidden state: fc (hidden, (n + 2) hidden) over the target's hidden states of
+    `layers`, low to high, over the final one and the embedding (V, hidden) of the token behind them."""
 
     def __init__(self, layers: tuple[int, ...], fc: Tensor, embedding: Tensor) -> None:
         self.layers, self.fc, self.embedding = layers, fc, embedding
         self._fuse = product_by(fc, fc.dtype)
 
     def __call__(self, states: Tensor, token_ids: Tensor) -> Tensor:
-        """states (B, n hidden), token_ids (B,) -> (B, hidden)."""
+        """states (B, (n + 1) hidden), token_ids (B,) -> (B, hidden)."""
         return self._fuse(torch.cat([states, F.embedding(token_ids, self.embedding)], -1))
 
 
@@ -63,8 +63,7 @@ class MedusaHeads:
         """states (B, len(layers) * hidden), token_ids (B,) behind them -> (B, hidden), what the blocks take."""
         if self.beside is None:
             return states
-        earlier, final = states.tensor_split([-len(self.beside.fc)], -1)
-        return final + self.beside(earlier, token_ids)
+        return states[:, -len(self.beside.fc) :] + self.beside(states, token_ids)
 
     def logits(self, hidden: Tensor, count: int) -> Tensor:
         """hidden (B, hidden) -> (count, B, V') float32 of the first heads."""

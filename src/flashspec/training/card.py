@@ -63,8 +63,8 @@ def head_config(target: Target, settings: Settings, draft_vocab: int, feature_la
 def build_head(
     config: Mapping[str, Any], target: Target, vocabulary: DraftVocabulary, scales: Sequence[float], seed: int
 ) -> DraftHead:
-    """The drafter of a config, as it is before any training: what the target knows already is copied. scales: the sizes
-    of the features that it fuses."""
+    """The drafter of a config, as it is before any training: what the target knows already is copied. scales: as
+    `feature_scales` gives them."""
     c, marks = decoder_config(config), config["flashspec"]
     weights, size = target.decoder.weights, config["hidden_size"]
     shape = HeadShape(c, len(vocabulary), len(marks["feature_layers"]), config.get("medusa_num_heads", 0))
@@ -75,10 +75,9 @@ def build_head(
         head: DraftHead
         match marks["kind"]:
             case Kind.EAGLE3:
-                head = Eagle3Head(shape, shared, scales)
+                head = Eagle3Head(shape, shared, scales[: shape.num_features])
             case Kind.MEDUSA:
-                sizes = weights.embedding[vocabulary.ids].float().pow(2).mean(-1).sqrt()  # (V',)
-                head = MedusaHeads(shape, shared, None if shared is None else [*scales, float(sizes.median())])
+                head = MedusaHeads(shape, shared, None if shared is None else scales)
             case _:
                 head = TinyModel(shape, rows)
     with torch.no_grad():

@@ -202,8 +202,9 @@ class _ResBlock(nn.Module):
 class MedusaHeads(DraftHead):
     """Head k says the token at a + 2 + k from the target's final hidden state at a: in the public layout from it alone.
     Heads that share the LM head, which that layout does not know, also read the features at a and the token at a + 1.
+    They see all of it through one matrix, the final state too: a block can add to it, but take away no more than 0.28.
 
-    scales: the sizes of these features and of the embedding, as in Eagle3Head; None: the public layout."""
+    scales: the sizes of features, final state and embedding, as in Eagle3Head; None: the public layout."""
 
     scales: Tensor
 
@@ -212,8 +213,8 @@ class MedusaHeads(DraftHead):
         size, blocks = shape.hidden_size, shape.decoder.num_layers
         self.fc: nn.Linear | None = None
         if scales is not None:
-            self.register_buffer("scales", torch.tensor(scales).repeat_interleave(size))  # ((n + 1) hidden,)
-            self.fc = nn.Linear((shape.num_features + 1) * size, size, bias=False)
+            self.register_buffer("scales", torch.tensor(scales).repeat_interleave(size))  # ((n + 2) hidden,)
+            self.fc = nn.Linear((shape.num_features + 2) * size, size, bias=False)
             nn.init.zeros_(self.fc.weight)  # at first they read what public heads do
         self.own_lm_heads = target_rows is None
         for head in range(shape.num_heads):
@@ -242,7 +243,7 @@ class MedusaHeads(DraftHead):
         final = reading.final.float()
         if self.fc is None:
             return final
-        beside = torch.cat([reading.fused.float(), following(reading.embedding.float(), 1)], -1)
+        beside = torch.cat([reading.fused.float(), final, following(reading.embedding.float(), 1)], -1)
         more: Tensor = self.fc(beside / self.scales)
         return final + more
 

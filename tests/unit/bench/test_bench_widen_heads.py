@@ -139,7 +139,7 @@ def test_it_has_the_sizes_of_the_shape(tmp_path: Path) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(eagle).items() if tensor.dim() > 1}
     assert found == shapes | {"qkv": (attention, 2 * size), "fc": (size, 3 * size)}
     assert tuple(tensors_of(medusa)["lm_heads"].shape) == (4, VOCAB, size)
-    fc = tensors_of(beside)["fc"].view(size, 4, size)
+    fc = tensors_of(beside)["fc"].view(size, 5, size)
     assert fc[:, :, HIDDEN:].all() and fc[:HIDDEN].all() and not fc[HIDDEN:, :, :HIDDEN].any()
     assert isinstance(eagle, EagleDrafter) and isinstance(tiny, ModelDrafter) and isinstance(medusa, MedusaDrafter)
     assert eagle.head.weights.lm_head.shape == (len(PART), size) and tiny.part is not None

@@ -167,7 +167,7 @@ def test_medusa_scores_by_few_token_products(
     monkeypatch.setattr(linear, "project", lambda x, *rest: projected.append(len(x)) or project(x, *rest))
     states, token_ids = torch.randn(2, 4 * 64), torch.tensor([3, 39])
     hidden = drafter.heads.read(states, token_ids)
-    more = torch.cat([states[:, :192], target.weights.embedding[token_ids]], -1) @ drafter.heads.beside.fc.T
+    more = torch.cat([states, target.weights.embedding[token_ids]], -1) @ drafter.heads.beside.fc.T
     torch.testing.assert_close(hidden, states[:, 192:] + more, rtol=1e-4, atol=1e-4)
     logits = drafter.heads.logits(hidden, 3)  # (3, 2, V')
     assert projected == [2, 6] and logits.dtype == torch.float32

@@ -163,7 +163,7 @@ def medusa_logits(folder: Path, text: Sequence[int]) -> Tensor:
     final, logits = states[-1], []
     if "fc.weight" in w:
         embedded = MODEL.get_input_embeddings().weight[text[-1]]
-        final = final + w["fc.weight"] @ torch.cat([states[2], states[3], states[4], embedded])
+        final = final + w["fc.weight"] @ torch.cat([states[2], states[3], states[4], final, embedded])
     for head in range(4):
         hidden = final
         for block in range(2):

@@ -82,7 +82,7 @@ def tiny_eagle() -> EagleHead:
 
 def tiny_medusa() -> MedusaHeads:
     block = torch.randn(LENGTH, HIDDEN, HIDDEN), torch.randn(LENGTH, HIDDEN)
-    beside = Beside((1,), torch.randn(HIDDEN, 2 * HIDDEN), torch.randn(VOCAB, HIDDEN))
+    beside = Beside((1,), torch.randn(HIDDEN, 3 * HIDDEN), torch.randn(VOCAB, HIDDEN))
     return MedusaHeads((block,), 2, torch.randn(LENGTH, VOCAB, HIDDEN), beside=beside)
 
 

@@ -234,7 +234,7 @@ def test_a_head_begins_with_what_the_target_knows(source: Path) -> None:
     rows = target.decoder.weights.lm_head[20:84]
     for kind in (Kind.EAGLE3, Kind.MEDUSA):
         config = head_config(target, replace(SETTINGS, kind=kind), 64, [0, 0, 1])
-        weights = build_head(config, target, vocabulary, [1.0, 2.0, 4.0], seed=0).public_state()
+        weights = build_head(config, target, vocabulary, [1.0, 2.0, 4.0, 3.0, 0.5], seed=0).public_state()
         equal = {name for name, weight in weights.items() if weight.shape == rows.shape and weight.equal(rows)}
         assert equal == ({"lm_head.weight"} if kind is Kind.EAGLE3 else {f"{head}.1.weight" for head in range(4)})
         if kind is Kind.EAGLE3:
@@ -242,10 +242,9 @@ def test_a_head_begins_with_what_the_target_knows(source: Path) -> None:
             assert weights["fc.weight"][:, :64].std() == pytest.approx(0.02, rel=0.1)
             assert weights["fc.weight"][:, 64:128].std() == pytest.approx(0.01, rel=0.1)
     config = head_config(target, replace(SETTINGS, kind=Kind.MEDUSA, shares_lm_head=True), 64, [0, 0, 1])
-    head = build_head(config, target, vocabulary, [1.0, 2.0, 4.0], seed=0)
-    sizes = target.decoder.weights.embedding[20:84].pow(2).mean(-1).sqrt()
+    head = build_head(config, target, vocabulary, [1.0, 2.0, 4.0, 3.0, 0.5], seed=0)
     assert not head.public_state()["fc.weight"].any()
-    assert head.state_dict()["scales"][::64].tolist() == pytest.approx([1.0, 2.0, 4.0, float(sizes.median())])
+    assert head.state_dict()["scales"][::64].tolist() == [1.0, 2.0, 4.0, 3.0, 0.5]
 
 
 class TestPlaces:

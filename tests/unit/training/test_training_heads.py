@@ -35,7 +35,7 @@ READING = hidden_states(MODEL, TEXTS, [0, 1, 2])
 def head_of(kind: type[DraftHead], rows: Tensor | None = None, vocab: int = 40) -> DraftHead:
     shape = HeadShape(replace(MODEL.config, windows=(None,) * 2), vocab, 3, STEPS)
     torch.manual_seed(0)
-    more = {Eagle3Head: [[1.0, 2.0, 4.0]], MedusaHeads: [None if rows is None else [1.0, 2.0, 4.0, 0.5]]}
+    more = {Eagle3Head: [[1.0, 2.0, 4.0]], MedusaHeads: [None if rows is None else [1.0, 2.0, 4.0, 3.0, 0.5]]}
     head = kind(shape, rows, *more.get(kind, []))
     with torch.no_grad():
         for parameter in head.parameters():  # large enough for a mistake to show
@@ -79,7 +79,7 @@ def test_scales_are_those_of_most_tokens() -> None:
     fused = torch.cat(parts, -1)
     fused[1, 2:] = 500.0  # padding
     lengths = torch.tensor([fused.shape[1], 2])
-    assert feature_scales(Reading(parts[0], fused, parts[0]), lengths) == [1.0, 2.0, 3.0]
+    assert feature_scales(Reading(parts[1], fused, parts[0]), lengths) == [1.0, 2.0, 3.0, 1.0, 2.0]
 
 
 def draft_by_hand(head: Eagle3Head, anchor: int, row: int) -> list[Tensor]:
@@ -144,7 +144,7 @@ def test_medusa_and_tiny_by_hand() -> None:
 
     ours = head_of(MedusaHeads, MODEL.weights.lm_head[:40])
     embedded = MODEL.weights.embedding[TEXTS[1, 4]]
-    expected = hidden + ours.public_state()["fc.weight"] @ torch.cat([READING.fused[1, 3], embedded])
+    expected = hidden + ours.public_state()["fc.weight"] @ torch.cat([READING.fused[1, 3], hidden, embedded])
     for block in list(ours.head(2)):
         expected = block(expected)
     torch.testing.assert_close(ours.unroll(READING, 4)[2][1, 3], expected, rtol=1e-4, atol=1e-5)
