@@ -1,4 +1,4 @@
-"""Medusa heads (Cai et al. 2024): each guesses a token further ahead, all from the target's last hidden states at once.
+"""Medusa heads (Cai et al. 2024): each guesses a token further ahead, all from what the target made of one position.
 
 Published heads read the final-normed one alone. Ours also read what EAGLE-3 heads do: earlier layers' states, and the
 token behind them, which is committed before the target has read it.
