@@ -32,9 +32,11 @@ def write_medusa(
     seed: int = 6,
     own: bool = True,
     part: Sequence[int] | None = None,
+    beside: bool = False,
     **changes: Any,
 ) -> Path:
-    shapes: dict[str, tuple[int, ...]] = {}
+    """beside: heads that read lower layers and the last token too."""
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (HIDDEN, 5 * HIDDEN)} if beside else {}
     for head in range(count):
         for block in range(depth):
             shapes[f"{head}.{block}.linear.weight"] = (HIDDEN, HIDDEN)

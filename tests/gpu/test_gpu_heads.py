@@ -36,13 +36,14 @@ NARROW = ["plain", "eagle:4", "whole:3", "medusa:3", "shared:4", "tiny:4"]  # 16
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`whole` knows every token, the others a part; `shared` scores by the target's LM head."""
+    """`whole` knows every token, the others a part; `shared` scores by the target's LM head, and reads more than its
+    final state."""
     folder = tmp_path_factory.mktemp("heads")
     return {
         "eagle": write_eagle(folder / "eagle"),
         "whole": write_eagle(folder / "whole", None, seed=8),
         "medusa": write_medusa(folder / "medusa", part=PART),
-        "shared": write_medusa(folder / "shared", own=False, part=PART),
+        "shared": write_medusa(folder / "shared", own=False, part=PART, beside=True),
         "tiny": write_tiny(folder / "tiny", PART),
     }
 

@@ -20,7 +20,7 @@ from flashspec.core import FlashSpecError
 from flashspec.drafters import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.heads import load_head
-from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads, score_by
+from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.base import Vocabulary
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
@@ -87,12 +87,16 @@ def widen_head(drafter: Drafter, small: Decoder, wide: Decoder, shape: Shape, se
 
 
 def _wide_fusion(fusion: Fusion, size: int, filler: Filler) -> Fusion:
-    """fc: zero where it would carry the small states out of the first block of the head's stream."""
-    hidden, count = len(fusion.fc), len(fusion.layers)
-    small, fc = fusion.fc.view(hidden, count, -1), filler.matrix(size, count, size)
-    fc[:, :, : small.shape[2]] = 0
-    norm = _placed(filler.norm(size), fusion.hidden_norm.float() * math.sqrt(hidden / size))
-    return replace(fusion, fc=_placed(fc, small).flatten(1), hidden_norm=norm)
+    norm = _placed(filler.norm(size), fusion.hidden_norm.float() * math.sqrt(len(fusion.fc) / size))
+    return replace(fusion, fc=_wide_fc(fusion.fc, len(fusion.layers), size, filler), hidden_norm=norm)
+
+
+def _wide_fc(fc: Tensor, count: int, size: int, filler: Filler) -> Tensor:
+    """Over `count` states side by side: zero where it would carry the small ones out of the first block of what it
+    writes to."""
+    small, wide = fc.view(len(fc), count, -1), filler.matrix(size, count, size)
+    wide[:, :, : small.shape[2]] = 0
+    return _placed(wide, small).flatten(1)
 
 
 def _wide_medusa(heads: MedusaHeads, small: Decoder, wide: Decoder, filler: Filler) -> MedusaHeads:
@@ -104,13 +108,17 @@ def _wide_medusa(heads: MedusaHeads, small: Decoder, wide: Decoder, filler: Fill
         matrix[:, :, :old] = 0
         blocks.append((_placed(matrix, weight), _placed(filler.zeros(count, new), bias)))
     layer = wide.num_layers if heads.layer == small.num_layers else heads.layer
-    changed = replace(heads, blocks=tuple(blocks), layer=layer)
+    beside = heads.beside
+    if beside is not None:
+        fc = _wide_fc(beside.fc, len(beside.layers) + 2, new, filler)
+        beside = Beside(beside.layers, fc, wide.vocabulary().embedding)
+    changed = replace(heads, blocks=tuple(blocks), layer=layer, beside=beside)
     if heads.lm_heads is not None:
         return replace(changed, lm_heads=_placed(filler.matrix(*heads.lm_heads.shape[:2], new), heads.lm_heads))
     if heads.part is None or heads.score is None:
         return replace(changed, score=wide.logits)
     rows = heads.score(torch.eye(old, dtype=small.dtype, device=small.device)).T  # (V', hidden)
-    return replace(changed, score=score_by(_placed(filler.matrix(len(rows), new), rows)))
+    return replace(changed, score=product_by(_placed(filler.matrix(len(rows), new), rows)))
 
 
 def label(shape: Shape, config: DecoderConfig, small: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flashspec.core import FlashSpecError
 from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
-from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads, score_by
+from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.base import FIRST_ROWS, LanguageModel, SharesVocabulary, Vocabulary
 from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
@@ -183,13 +183,17 @@ def _medusa(head: _Head, name: str) -> Drafter:
     blocks = tuple(
         (stacked((size, size), i, "linear.weight"), stacked((size,), i, "linear.bias")) for i in range(depth)
     )
-    layer = target.num_layers
+    beside = None
+    if "fc.weight" in head.file:  # published heads have none
+        layers = head.feature_layers()
+        fc = head.weights.read((size, (len(layers) + 2) * size), "fc.weight")
+        beside = Beside(layers, fc, head.embedder(size))
+    own = score = None
     if f"0.{depth}.weight" in head.file:
         own = stacked((target.vocab_size if part is None else len(part), size), depth, "weight")
-        return MedusaDrafter(MedusaHeads(blocks, layer, lm_heads=own, part=part), name)
-    if part is None:
-        return MedusaDrafter(MedusaHeads(blocks, layer, score=target.logits), name)
-    return MedusaDrafter(MedusaHeads(blocks, layer, score=score_by(head.scorer(size)), part=part), name)
+    else:
+        score = target.logits if part is None else product_by(head.scorer(size))
+    return MedusaDrafter(MedusaHeads(blocks, target.num_layers, own, score, part, beside), name)
 
 
 def _tiny(head: _Head, name: str) -> Drafter:

@@ -63,8 +63,8 @@ def head_config(target: Target, settings: Settings, draft_vocab: int, feature_la
 def build_head(
     config: Mapping[str, Any], target: Target, vocabulary: DraftVocabulary, scales: Sequence[float], seed: int
 ) -> DraftHead:
-    """The drafter of a config, as it is before any training: what the target knows already is copied. scales: the sizes
-    of the features that it fuses."""
+    """The drafter of a config, as it is before any training: what the target knows already is copied. scales: as
+    `feature_scales` gives them."""
     c, marks = decoder_config(config), config["flashspec"]
     weights, size = target.decoder.weights, config["hidden_size"]
     shape = HeadShape(c, len(vocabulary), len(marks["feature_layers"]), config.get("medusa_num_heads", 0))
@@ -75,9 +75,9 @@ def build_head(
         head: DraftHead
         match marks["kind"]:
             case Kind.EAGLE3:
-                head = Eagle3Head(shape, shared, scales)
+                head = Eagle3Head(shape, shared, scales[: shape.num_features])
             case Kind.MEDUSA:
-                head = MedusaHeads(shape, shared)
+                head = MedusaHeads(shape, shared, None if shared is None else scales)
             case _:
                 head = TinyModel(shape, rows)
     with torch.no_grad():
@@ -86,11 +86,23 @@ def build_head(
                 parameter.copy_(rows)
             elif name in ("norm.weight", "model.norm.weight"):  # SmolLM2: a loss of 6.4 at first, and 13.7 unshrunk
                 parameter.copy_(0.3 * weights.final_norm)
-            elif name == "fc.weight":  # the fused feature begins as the highest one
+            elif name == "fc.weight" and isinstance(head, Eagle3Head):  # the fused feature begins as the highest one
                 parameter[:, -size:] += torch.eye(size)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):  # what is random says little at first
                 parameter.mul_(1 / math.sqrt(2 * config["num_hidden_layers"]))
     return head.to(target.decoder.device)
+
+
+def _reads(marks: Mapping[str, Any]) -> str:
+    """What a drafter is told of the text."""
+    layers = ", ".join(map(str, marks["feature_layers"]))
+    if marks["kind"] == Kind.TINY:
+        return "the text"
+    if marks["kind"] == Kind.EAGLE3:
+        return f"the text, and the target's hidden states after layers {layers}"
+    if marks["shares_lm_head"]:
+        return f"the target's hidden states after layers {layers} and its final ones, and the token behind them"
+    return "the target's final hidden states"
 
 
 def write_checkpoint(
@@ -126,6 +138,7 @@ def model_card(
         f"- Target: {target.loaded.name}, revision {target.revision or 'unknown'}, weights {marks['target_hash'][:16]}",
         f"- Licence of the target, of whose text and weights this is made: {licence}",
         f"- Data: {data}",
+        f"- Reads: {_reads(marks)}",
         f"- Draft vocabulary: {config['draft_vocab_size']:,} of {config['vocab_size']:,} tokens",
         f"- Seed {settings.seed}, {settings.seconds / 60:g} minutes in all on {target.decoder.device.type}",
         "",

@@ -49,9 +49,10 @@ def hidden_states(model: Decoder, token_ids: Tensor, feature_layers: Sequence[in
 
 
 def feature_scales(reading: Reading, lengths: Tensor) -> list[float]:
-    """The median size (root mean square) of each of the fused features; the mean would be that of a text's first token,
-    which is 40 times the others' in SmolLM2."""
+    """The median sizes (root mean square) of the n fused features, of the final state and of the embedding, n + 2; the
+    mean would be that of a text's first token, which is 40 times the others' in SmolLM2."""
     positions = torch.arange(reading.final.shape[1], device=lengths.device)
     inside = positions < lengths[:, None]  # (B, T): behind its end a text's states may be hundreds of times as large
-    parts = torch.split(reading.fused[inside].float(), reading.final.shape[-1], -1)
+    states = torch.cat([reading.fused, reading.final, reading.embedding], -1)[inside].float()
+    parts = torch.split(states, reading.final.shape[-1], -1)
     return [float(part.pow(2).mean(-1).sqrt().median()) for part in parts]

@@ -56,7 +56,9 @@ class DraftHead(nn.Module):
 
     def public_state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by their public names."""
-        return self.state_dict()
+        state = self.state_dict()
+        scales = state.pop("scales", None)
+        return state if scales is None else {**state, "fc.weight": state["fc.weight"] / scales}
 
     def compile_parts(self) -> None:
         """Make what takes most of the time faster, where it runs on a GPU."""
@@ -184,11 +186,6 @@ class Eagle3Head(DraftHead):
     def lm_rows(self, step: int) -> Tensor:
         return self._rows(self.lm_head)
 
-    def public_state(self) -> dict[str, Tensor]:
-        state = self.state_dict()
-        scales = state.pop("scales")
-        return {**state, "fc.weight": state["fc.weight"] / scales}
-
 
 class _ResBlock(nn.Module):
     def __init__(self, size: int) -> None:
@@ -203,11 +200,22 @@ class _ResBlock(nn.Module):
 
 
 class MedusaHeads(DraftHead):
-    """Head k says the token at a + 2 + k from the target's final hidden state at a alone."""
+    """Head k says the token at a + 2 + k from the target's final hidden state at a: in the public layout from it alone.
+    Heads that share the LM head, which that layout does not know, also read the features at a and the token at a + 1.
+    They see all of it through one matrix, the final state too: a block can add to it, but take away no more than 0.28.
 
-    def __init__(self, shape: HeadShape, target_rows: Tensor | None) -> None:
+    scales: the sizes of features, final state and embedding, as in Eagle3Head; None: the public layout."""
+
+    scales: Tensor
+
+    def __init__(self, shape: HeadShape, target_rows: Tensor | None, scales: Sequence[float] | None = None) -> None:
         super().__init__()
         size, blocks = shape.hidden_size, shape.decoder.num_layers
+        self.fc: nn.Linear | None = None
+        if scales is not None:
+            self.register_buffer("scales", torch.tensor(scales).repeat_interleave(size))  # ((n + 2) hidden,)
+            self.fc = nn.Linear((shape.num_features + 2) * size, size, bias=False)
+            nn.init.zeros_(self.fc.weight)  # at first they read what public heads do
         self.own_lm_heads = target_rows is None
         for head in range(shape.num_heads):
             layers: list[nn.Module] = [_ResBlock(size) for _ in range(blocks)]
@@ -222,13 +230,22 @@ class MedusaHeads(DraftHead):
         return layers
 
     def unroll(self, reading: Reading, steps: int) -> list[Tensor]:
-        outputs = []
+        read, outputs = self._read(reading), []
         for step in range(min(steps, self.num_heads)):
-            hidden = reading.final.float()
+            hidden = read
             for block in list(self.head(step))[: self.blocks]:
                 hidden = block(hidden)
             outputs.append(hidden)
         return outputs
+
+    def _read(self, reading: Reading) -> Tensor:
+        """(B, T, hidden) by anchor, what the blocks take."""
+        final = reading.final.float()
+        if self.fc is None:
+            return final
+        beside = torch.cat([reading.fused.float(), final, following(reading.embedding.float(), 1)], -1)
+        more: Tensor = self.fc(beside / self.scales)
+        return final + more
 
     def lm_rows(self, step: int) -> Tensor:
         own = self.head(step)[-1]

@@ -21,9 +21,10 @@ class Settings:
 
     draft_vocab: the most entries of the draft vocabulary, which is smaller where fewer cover `coverage` of the text.
     intermediate_size, layers: of the drafter; None: the target's, and 1 (tiny: 2). shares_lm_head: use the target's
-    rows in place of trained ones, and store none. length: tokens a text at most. unroll: drafts deep that an EAGLE-3
-    head is trained, and how many heads a Medusa set has. decay: weight of a draft step over the one before.
-    batch_tokens None: what suits the device. measure_every: seconds between two looks at the held-out text.
+    rows in place of trained ones, and store none; Medusa heads then read more than the public layout lets them.
+    length: tokens a text at most. unroll: drafts deep that an EAGLE-3 head is trained, and how many heads a Medusa set
+    has. decay: weight of a draft step over the one before. batch_tokens None: what suits the device. measure_every:
+    seconds between two looks at the held-out text.
     """
 
     kind: Kind = Kind.EAGLE3

@@ -40,6 +40,7 @@ HEADS = {
     "medusa": lambda folder: write_medusa(folder),
     "medusa by the target's LM head": lambda folder: write_medusa(folder, own=False),
     "medusa by a part of it": lambda folder: write_medusa(folder, own=False, part=PART),
+    "beside medusa": lambda folder: write_medusa(folder, own=False, part=PART, beside=True),
     "tiny": lambda folder: write_tiny(folder, rms_norm_eps=EPS),
     "trimmed tiny": lambda folder: write_tiny(folder, PART, rms_norm_eps=EPS),
 }
@@ -93,7 +94,8 @@ def tensors_of(drafter: Drafter) -> dict[str, Tensor]:
     if isinstance(drafter, MedusaDrafter):
         weight, bias = drafter.heads.blocks[0]
         own = drafter.heads.lm_heads
-        return {"weight": weight, "bias": bias} | ({} if own is None else {"lm_heads": own})
+        found = {"weight": weight, "bias": bias} | ({} if own is None else {"lm_heads": own})
+        return found | ({} if drafter.heads.beside is None else {"fc": drafter.heads.beside.fc})
     assert isinstance(drafter, EagleDrafter | ModelDrafter)
     model = drafter.head if isinstance(drafter, EagleDrafter) else drafter.model
     assert isinstance(model, Decoder)
@@ -105,7 +107,7 @@ def tensors_of(drafter: Drafter) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["eagle", "medusa", "tiny"])
+@pytest.mark.parametrize("kind", ["eagle", "medusa", "beside medusa", "tiny"])
 def test_the_comparison_sees_a_wrong_weight(tmp_path: Path, kind: str) -> None:
     small, wide = targets(tied=True)
     head = load_head(HEADS[kind](tmp_path), small, "head")
@@ -128,15 +130,17 @@ def test_it_has_the_sizes_of_the_shape(tmp_path: Path) -> None:
         "gate_up": (2 * inner, size),
         "down": (size, inner),
     }
-    eagle, tiny, medusa = (
+    eagle, tiny, medusa, beside = (
         widen_head(load_head(HEADS[kind](tmp_path / kind), small, kind), small, wide, WIDE)
-        for kind in ("eagle", "trimmed tiny", "medusa")
+        for kind in ("eagle", "trimmed tiny", "medusa", "beside medusa")
     )
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(tiny).items() if tensor.dim() > 1}
     assert found == shapes
     found = {name: tuple(tensor.shape) for name, tensor in tensors_of(eagle).items() if tensor.dim() > 1}
     assert found == shapes | {"qkv": (attention, 2 * size), "fc": (size, 3 * size)}
     assert tuple(tensors_of(medusa)["lm_heads"].shape) == (4, VOCAB, size)
+    fc = tensors_of(beside)["fc"].view(size, 5, size)
+    assert fc[:, :, HIDDEN:].all() and fc[:HIDDEN].all() and not fc[HIDDEN:, :, :HIDDEN].any()
     assert isinstance(eagle, EagleDrafter) and isinstance(tiny, ModelDrafter) and isinstance(medusa, MedusaDrafter)
     assert eagle.head.weights.lm_head.shape == (len(PART), size) and tiny.part is not None
     assert eagle.head.weights.embedding is wide.weights.embedding
@@ -154,7 +158,7 @@ def test_steps_with_all_of_them_take_what_the_small_ones_take(tmp_path: Path) ->
     small, wide = targets(tied=True)
     heads = {name.split()[0]: load_head(make(tmp_path / name), small, name) for name, make in HEADS.items()}
     widened = {name: widen_head(head, small, wide, WIDE) for name, head in heads.items()}
-    arms = ["eagle:3", "medusa:2", "tiny:3", "plain", "eagle:6", "trimmed:2"]
+    arms = ["eagle:3", "medusa:2", "tiny:3", "plain", "eagle:6", "trimmed:2", "beside:4"]
     found = [
         [
             ([row.token_ids for row in output.rows], output.record.rows)

@@ -154,19 +154,23 @@ def test_a_head_from_a_folder_takes_the_fast_path(tmp_path: Path, monkeypatch: p
 def test_medusa_scores_by_few_token_products(
     tmp_path: Path, part: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_medusa(tmp_path, own=False, part=part)
+    folder = write_medusa(tmp_path, own=False, part=part, beside=True)
     monkeypatch.setattr(decoding, "available", lambda device: True)
     target = target_before(monkeypatch)
     drafter = load_head(folder, target, "medusa")
     assert isinstance(drafter, MedusaDrafter) and drafter.heads.score is not None
+    assert drafter.heads.beside is not None
     rows = target.weights.lm_head if part is None else target.weights.lm_head[part]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     projected: list[int] = []
     project = linear.project
     monkeypatch.setattr(linear, "project", lambda x, *rest: projected.append(len(x)) or project(x, *rest))
-    hidden = torch.randn(2, 64)
+    states, token_ids = torch.randn(2, 4 * 64), torch.tensor([3, 39])
+    hidden = drafter.heads.read(states, token_ids)
+    more = torch.cat([states, target.weights.embedding[token_ids]], -1) @ drafter.heads.beside.fc.T
+    torch.testing.assert_close(hidden, states[:, 192:] + more, rtol=1e-4, atol=1e-4)
     logits = drafter.heads.logits(hidden, 3)  # (3, 2, V')
-    assert projected == [6] and logits.dtype == torch.float32
+    assert projected == [2, 6] and logits.dtype == torch.float32
     ahead = hidden.expand(3, -1, -1)
     for weight, bias in drafter.heads.blocks:
         ahead = ahead + torch.nn.functional.silu(ahead @ weight[:3].mT + bias[:3, None])
@@ -179,13 +183,13 @@ def test_steps_of_every_head_accept_what_they_accept_without(tmp_path: Path, mon
     monkeypatch.setattr(flashspec.kernels, "_use_triton", lambda device: False)  # the rest of a step by its twins
     monkeypatch.setattr(native_build, "available", lambda: False)  # its weights would be bfloat16
     folders = {"eagle": write_eagle(tmp_path / "eagle"), "tiny": write_tiny(tmp_path / "tiny", PART)}
-    folders["medusa"] = write_medusa(tmp_path / "medusa", own=False, part=PART)
+    folders["medusa"] = write_medusa(tmp_path / "medusa", own=False, part=PART, beside=True)
     arms = ["eagle:2", "medusa:2", "tiny:2"]
 
     def decode(fast: bool) -> list[Any]:
         target = target_before(monkeypatch, fast)
         drafters = {name: load_head(folder, target, name) for name, folder in folders.items()}
-        run = open_run(target, [[3, 7, 1, 7], [31]], arms, drafters, 6, temperature=5.0, seed=3)
+        run = open_run(target, [[3, 7, 1, 7], [31]], arms, drafters, 9, temperature=5.0, seed=3)
         return [([row.token_ids for row in output.rows], output.record.rows) for output in run]
 
     plain = decode(False)

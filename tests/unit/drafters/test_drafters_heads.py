@@ -35,7 +35,19 @@ from flashspec.models.decoder import Decoder
 from flashspec.sampling.sampler import make_sampler
 
 PROMPTS = [[3, 7, 1, 7, 20, 9, 4, 4], [5, 12], [31]]
-ARMS = ("plain", "eagle:3", "medusa:2", "ngram:2", "eagle:7", "tiny:2", "whole:4", "plain", "medusa:4", "eagle:1")
+ARMS = (
+    "plain",
+    "eagle:3",
+    "medusa:2",
+    "ngram:2",
+    "eagle:7",
+    "tiny:2",
+    "whole:4",
+    "plain",
+    "medusa:4",
+    "eagle:1",
+    "beside:3",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +70,12 @@ TARGET = target_of(MODEL)
 
 
 def heads(folder: Path) -> dict[str, Drafter]:
-    """One of each; `whole` scores every token."""
+    """One of each; `whole` scores every token, `beside` is Medusa that reads more than the final state."""
     folders = {
         "eagle": write_eagle(folder / "eagle"),
         "whole": write_eagle(folder / "whole", None, seed=8),
         "medusa": write_medusa(folder / "medusa"),
+        "beside": write_medusa(folder / "beside", own=False, part=PART, beside=True),
         "tiny": write_tiny(folder / "tiny", PART),
     }
     return {name: load_head(path, TARGET, name) for name, path in folders.items()} | {"ngram": NgramDrafter()}
@@ -146,8 +159,11 @@ def eagle_logits(folder: Path, text: Sequence[int], drafted: Sequence[int]) -> T
 def medusa_logits(folder: Path, text: Sequence[int]) -> Tensor:
     """(4, V)"""
     w = load_file(folder / "medusa_lm_head.safetensors")
-    final = MODEL(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0, len(text) - 2]
-    logits = []
+    states = [layer[0, len(text) - 2] for layer in MODEL(torch.tensor([text]), output_hidden_states=True).hidden_states]
+    final, logits = states[-1], []
+    if "fc.weight" in w:
+        embedded = MODEL.get_input_embeddings().weight[text[-1]]
+        final = final + w["fc.weight"] @ torch.cat([states[2], states[3], states[4], final, embedded])
     for head in range(4):
         hidden = final
         for block in range(2):
@@ -232,9 +248,10 @@ def test_a_conversation_keeps_what_its_next_text_shares(tmp_path: Path) -> None:
         memory.keep(text, state.readers)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["published", "ours"])
 @pytest.mark.parametrize("own", [True, False], ids=["own lm heads", "the target's"])
-def test_medusa_heads_draft_as_from_scratch(tmp_path: Path, own: bool) -> None:
-    folder = write_medusa(tmp_path, own=own)
+def test_medusa_heads_draft_as_from_scratch(tmp_path: Path, own: bool, beside: bool) -> None:
+    folder = write_medusa(tmp_path, own=own, beside=beside)
     drafter = load_head(folder, TARGET, "medusa")
     run = open_run(TARGET, PROMPTS, ["plain", "medusa:3"], {"medusa": drafter}, 40, temperature=1.0)
     for number, _ in enumerate(run):

@@ -28,7 +28,7 @@ def target_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
 
 def changed(folder: Path, **tensors: torch.Tensor | None) -> Path:
     """The same head with other tensors; None: without it."""
-    path = folder / "model.safetensors"
+    path = next(folder.glob("*.safetensors"))
     kept = {name: tensor for name, tensor in {**load_file(path), **tensors}.items() if tensor is not None}
     save_file(kept, path)
     return folder
@@ -82,6 +82,8 @@ def test_what_is_missing_or_cut_short(tmp_path: Path) -> None:
     (head / "pytorch_model.bin").write_bytes(b"x")
     refused(head, "has no model.safetensors; its pickled weights .* are never loaded")
     refused(write_tiny(tmp_path / "tiny", hidden_size=32), "it has no embedding of its own, and its hidden_size is 32")
+    wrong = changed(write_medusa(tmp_path / "beside", beside=True), **{"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)})
+    refused(wrong, "fc.weight has shape .64, 192., but the model's config asks for .64, 320.")
     refused(write_medusa(tmp_path / "none", medusa_num_heads=0), "medusa_num_heads is 0")
     refused(write_medusa(tmp_path / "more", medusa_num_heads=5), "hold no tensor '4.0.linear.weight'")
 

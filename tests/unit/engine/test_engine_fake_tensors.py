@@ -14,7 +14,7 @@ from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.early_exit import EarlyExitDrafter
-from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
+from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.ngram import NgramDrafter
 from flashspec.engine.outcome import HEAD, Outcome
@@ -82,7 +82,8 @@ def tiny_eagle() -> EagleHead:
 
 def tiny_medusa() -> MedusaHeads:
     block = torch.randn(LENGTH, HIDDEN, HIDDEN), torch.randn(LENGTH, HIDDEN)
-    return MedusaHeads((block,), 2, torch.randn(LENGTH, VOCAB, HIDDEN))
+    beside = Beside((1,), torch.randn(HIDDEN, 3 * HIDDEN), torch.randn(VOCAB, HIDDEN))
+    return MedusaHeads((block,), 2, torch.randn(LENGTH, VOCAB, HIDDEN), beside=beside)
 
 
 def start_state(**settings: object) -> DecodeState:

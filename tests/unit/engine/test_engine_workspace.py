@@ -94,7 +94,7 @@ def test_heads_read_what_graphs_record(tmp_path: Path) -> None:
     model = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=200)
     config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
     target = Decoder(config, decoder_weights(config, state, torch.device("cpu"), torch.float32))
-    folders = {"eagle": write_eagle(tmp_path / "eagle"), "medusa": write_medusa(tmp_path / "medusa")}
+    folders = {"eagle": write_eagle(tmp_path / "eagle"), "medusa": write_medusa(tmp_path / "medusa", beside=True)}
     drafters = {name: load_head(folder, target, name) for name, folder in folders.items()}
     arms = ("plain", "eagle:2", "medusa:3", "eagle:12", "plain")
     ours, recorder = engine_of(arms, target=target, **drafters)

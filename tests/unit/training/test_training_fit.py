@@ -89,13 +89,17 @@ def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, t
     first, last = outcome.measures[0], outcome.measures[-1]
     assert last.loss < first.loss - 0.1
     assert last.length > first.length + 0.2
+    assert tokens_a_step(source, tmp_path / "head") == pytest.approx(last.length, abs=0.1)
 
+
+def tokens_a_step(source: Path, folder: Path) -> float:
+    """Of the head in a folder, by the engine, on the texts that its training held out."""
     target = load_target(source, "cpu")
-    drafter = load_head(tmp_path / "head", target.loaded.model, "head")
+    drafter = load_head(folder, target.loaded.model, "head")
     config = FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0))
     engine = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"])
     counts = []
-    texts = RolloutFolder.open(tmp_path / "head" / "training" / "rollouts").load()
+    texts = RolloutFolder.open(folder / "training" / "rollouts").load()
     for index in texts.held_out.nonzero()[:, 0].tolist():
         start, length = int(texts.starts[index]), int(texts.lengths[index])
         text = texts.token_ids[texts.offsets[index] : texts.offsets[index + 1]].tolist()
@@ -105,7 +109,22 @@ def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, t
         while start + 4 <= length:
             counts.append(next(accepted))
             start += counts[-1] + 1
-    assert summarise(counts, 4)[1] == pytest.approx(last.length, abs=0.1)
+    return summarise(counts, 4)[1]
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["published", "ours"])
+def test_medusa_heads_learn_all_of_what_a_token_decides(tmp_path: Path, shares: bool) -> None:
+    """A target whose layers add nothing writes a fixed successor of each token."""
+    model = llama(num_hidden_layers=3, vocab_size=100)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.lm_head.weight.mul_(20.0)
+    model.save_pretrained(tmp_path / "target")
+    settings = replace(SETTINGS, kind=Kind.MEDUSA, shares_lm_head=shares, seconds=120.0, most_tokens=6000)
+    last = train(tmp_path / "target", tmp_path / "head", settings).measures[-1]
+    assert last.length > 4.6
+    assert tokens_a_step(tmp_path / "target", tmp_path / "head") == pytest.approx(last.length, abs=0.1)
 
 
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(source: Path, tmp_path: Path) -> None:
@@ -175,7 +194,9 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
     assert not train(source, out, replace(SETTINGS, seconds=10.0), resume=True).interrupted
 
 
-@pytest.mark.parametrize(("kind", "shares"), [(Kind.EAGLE3, True), (Kind.MEDUSA, True), (Kind.EAGLE3, False)])
+@pytest.mark.parametrize(
+    ("kind", "shares"), [(Kind.EAGLE3, True), (Kind.MEDUSA, True), (Kind.EAGLE3, False), (Kind.MEDUSA, False)]
+)
 def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares: bool) -> None:
     settings = replace(
         SETTINGS, kind=kind, seconds=5.0, draft_vocab=64, shares_lm_head=shares, unroll=3, intermediate_size=32
@@ -186,6 +207,7 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
         name for name in tensors if tensors[name].shape == (64, 64) and name.endswith(("lm_head.weight", ".1.weight"))
     }
     assert bool(own) is not shares
+    assert ("fc.weight" in tensors) is (kind is Kind.EAGLE3 or shares)
     assert tensors["t2d"].shape == (100,)
     assert tensors["t2d"].sum() == 64
     assert (tensors["d2t"] + torch.arange(64)).equal(tensors["t2d"].nonzero()[:, 0])
@@ -204,6 +226,7 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
     assert "Licence of the target" in card
     assert f"{outcome.parameters:,} parameters" in card
     assert f"{outcome.measures[-1].length:.2f}" in card
+    assert ("the token behind them" in card) is (kind is Kind.MEDUSA and shares)
 
 
 def test_a_head_begins_with_what_the_target_knows(source: Path) -> None:
@@ -211,13 +234,17 @@ def test_a_head_begins_with_what_the_target_knows(source: Path) -> None:
     rows = target.decoder.weights.lm_head[20:84]
     for kind in (Kind.EAGLE3, Kind.MEDUSA):
         config = head_config(target, replace(SETTINGS, kind=kind), 64, [0, 0, 1])
-        weights = build_head(config, target, vocabulary, [1.0, 2.0, 4.0], seed=0).public_state()
+        weights = build_head(config, target, vocabulary, [1.0, 2.0, 4.0, 3.0, 0.5], seed=0).public_state()
         equal = {name for name, weight in weights.items() if weight.shape == rows.shape and weight.equal(rows)}
         assert equal == ({"lm_head.weight"} if kind is Kind.EAGLE3 else {f"{head}.1.weight" for head in range(4)})
         if kind is Kind.EAGLE3:
             assert weights["fc.weight"][:, 128:].diag().mean() == pytest.approx(0.25, abs=0.01)
             assert weights["fc.weight"][:, :64].std() == pytest.approx(0.02, rel=0.1)
             assert weights["fc.weight"][:, 64:128].std() == pytest.approx(0.01, rel=0.1)
+    config = head_config(target, replace(SETTINGS, kind=Kind.MEDUSA, shares_lm_head=True), 64, [0, 0, 1])
+    head = build_head(config, target, vocabulary, [1.0, 2.0, 4.0, 3.0, 0.5], seed=0)
+    assert not head.public_state()["fc.weight"].any()
+    assert head.state_dict()["scales"][::64].tolist() == [1.0, 2.0, 4.0, 3.0, 0.5]
 
 
 class TestPlaces:

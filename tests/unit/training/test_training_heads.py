@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +36,8 @@ READING = hidden_states(MODEL, TEXTS, [0, 1, 2])
 def head_of(kind: type[DraftHead], rows: Tensor | None = None, vocab: int = 40) -> DraftHead:
     shape = HeadShape(replace(MODEL.config, windows=(None,) * 2), vocab, 3, STEPS)
     torch.manual_seed(0)
-    head = kind(shape, rows, [1.0, 2.0, 4.0]) if kind is Eagle3Head else kind(shape, rows)
+    more = {Eagle3Head: [[1.0, 2.0, 4.0]], MedusaHeads: [None if rows is None else [1.0, 2.0, 4.0, 3.0, 0.5]]}
+    head = kind(shape, rows, *more.get(kind, []))
     with torch.no_grad():
         for parameter in head.parameters():  # large enough for a mistake to show
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -89,7 +89,7 @@ def test_scales_are_those_of_most_tokens() -> None:
     fused = torch.cat(parts, -1)
     fused[1, 2:] = 500.0  # padding
     lengths = torch.tensor([fused.shape[1], 2])
-    assert feature_scales(Reading(parts[0], fused, parts[0]), lengths) == [1.0, 2.0, 3.0]
+    assert feature_scales(Reading(parts[1], fused, parts[0]), lengths) == [1.0, 2.0, 3.0, 1.0, 2.0]
 
 
 def draft_by_hand(head: Eagle3Head, anchor: int, row: int) -> list[Tensor]:
@@ -152,6 +152,13 @@ def test_medusa_and_tiny_by_hand() -> None:
     torch.testing.assert_close(medusa.unroll(READING, 4)[2][1, 3], expected)
     torch.testing.assert_close(medusa.score(2, expected), expected @ medusa.state_dict()["2.2.weight"].T)
 
+    ours = head_of(MedusaHeads, MODEL.weights.lm_head[:40])
+    embedded = MODEL.weights.embedding[TEXTS[1, 4]]
+    expected = hidden + ours.public_state()["fc.weight"] @ torch.cat([READING.fused[1, 3], hidden, embedded])
+    for block in list(ours.head(2)):
+        expected = block(expected)
+    torch.testing.assert_close(ours.unroll(READING, 4)[2][1, 3], expected, rtol=1e-4, atol=1e-5)
+
     tiny = head_of(TinyModel, MODEL.weights.lm_head[:40])
     stored = {
         **tiny.state_dict(),
@@ -176,7 +183,7 @@ def test_parameter_names_are_the_public_ones() -> None:
     assert set(head_of(MedusaHeads).state_dict()) == {*blocks, *(f"{i}.2.weight" for i in range(STEPS))}
     rows = torch.zeros(40, 64)
     assert "lm_head.weight" not in head_of(Eagle3Head, rows).public_state()
-    assert set(head_of(MedusaHeads, rows).state_dict()) == set(blocks)
+    assert set(head_of(MedusaHeads, rows).public_state()) == {*blocks, "fc.weight"}
     assert "model.layers.1.self_attn.q_proj.weight" in head_of(TinyModel, rows).state_dict()
 
 
@@ -237,12 +244,13 @@ def test_the_loss_is_the_cross_entropy_to_the_target() -> None:
     torch.testing.assert_close(draft_loss(Fixed(scores), reading, padded, teacher, 0.5), expected)
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("kind", [Eagle3Head, MedusaHeads])
-def test_what_lies_behind_a_row_changes_nothing(kind: type[DraftHead], tmp_path: Path) -> None:
+def test_what_lies_behind_a_row_changes_nothing(kind: type[DraftHead], shares: bool) -> None:
     vocabulary = DraftVocabulary(torch.arange(40), 320)
     teacher = Teacher(vocabulary, MODEL.weights.lm_head[:40])
     text = TEXTS % 40
-    head = head_of(kind)
+    head = head_of(kind, teacher.rows if shares else None)
     losses = []
     for tail in (0, 9):
         text[0, 10:] = tail
