@@ -34,7 +34,9 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
     """What can be measured, by name. limit: prompts a set."""
     sets = [prompts / f"{name}.jsonl" for name in SETS]
 
-    def text(name: str, methods: list[str], drafters: list[str], limit: int = limit, **options: Any) -> Any:
+    def text(
+        name: str, methods: list[str], drafters: list[str], limit: int = limit, sets: list[Path] = sets, **options: Any
+    ) -> Any:
         return endtoend.run(
             model,
             drafters,
@@ -76,6 +78,7 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
             ["plain", "ngram:4", "auto"],
             ["suffix", "ngram"],
             32,
+            sets[:1],
             shape="8b",
             batch_sizes=[1, 4, 8, 16, 32],
         ),

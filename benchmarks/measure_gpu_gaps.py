@@ -20,7 +20,7 @@ from flashspec.bench.widen import widened_model
 from flashspec.models.loading import load_model
 
 ARMS = (["plain"], ["ngram:4"], ["suffix:15"], ["plain", "ngram:4", "suffix:15"])
-PROMPT = "Write a Python function that checks whether a word is a palindrome, then explain it."
+PROMPT = [{"role": "user", "content": "Write a Python function that checks whether a word is a palindrome."}]
 TOKENS = 128
 
 

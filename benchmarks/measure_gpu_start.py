@@ -28,7 +28,7 @@ def child(model: str, shape: str, began: float) -> dict[str, float]:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     engine = SpeculativeEngine.from_pretrained(loaded, ["suffix", "ngram"], device="cuda")
-    stream = iter(engine.stream("Why is the sky blue?", TOKENS, temperature=0.0))
+    stream = iter(engine.stream([{"role": "user", "content": "Why is the sky blue?"}], TOKENS, temperature=0.0))
     next(stream)
     row["first_token_seconds"] = time.time() - began
     for _ in stream:

@@ -126,7 +126,10 @@ def first_draft(target: LoadedModel, drafter: Drafter, length: int) -> Draft:
 @torch.inference_mode()
 def test_drafts_are_those_of_a_cpu(target: LoadedModel, folders: dict[str, Path], name: str) -> None:
     on_cpu = target_on(torch.device("cpu"))
-    here, there = (first_draft(t, load_head(folders[name], t.model, name), 4) for t in (target, on_cpu))
+    ours, theirs = (load_head(folders[name], t.model, name) for t in (target, on_cpu))
+    if isinstance(theirs, EagleDrafter):
+        theirs.head._packed = None  # its weights are rounded to eight bits
+    here, there = first_draft(target, ours, 4), first_draft(on_cpu, theirs, 4)
     assert here.token_ids.tolist() == there.token_ids.tolist()
     assert here.logits is not None and there.logits is not None
     torch.testing.assert_close(here.logits.cpu(), there.logits, rtol=1e-3, atol=1e-3)
