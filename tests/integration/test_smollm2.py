@@ -28,8 +28,8 @@ QUESTIONS = (
     "Write a Python function that adds up the squares of a list of numbers.",
     "Why is the sky blue? Explain it to a child in two sentences.",
 )
-DRAFTERS = ("ngram", "suffix", "early-exit")
-ARMS = ("plain", "ngram:4", "suffix:16", "early-exit:4", "auto")
+DRAFTERS = ("ngram", "suffix", "early-exit", "eagle3", "medusa")
+ARMS = ("plain", "ngram:4", "suffix:15", "early-exit:4", "eagle3:4", "medusa:4", "auto")
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,20 @@ def test_the_references_end_early_and_late(smollm2: SmolLM2) -> None:
     assert any(ended) and not all(ended)
 
 
-@pytest.mark.parametrize("arm", ["plain", "suffix:16", "auto"])
+@pytest.mark.parametrize("arm", ["plain", "suffix:15", "eagle3:4", "auto"])
 def test_a_ragged_batch_equals_its_rows(smollm2: SmolLM2, arm: str) -> None:
     result = smollm2.engines[arm].generate(smollm2.prompts[:3], TOKENS, temperature=0)
     assert rows(result.output_ids) == smollm2.greedy[:3]
+
+
+def test_its_heads_come_with_the_package(smollm2: SmolLM2) -> None:
+    engine = SpeculativeEngine.from_pretrained(smollm2.loaded, device="cpu")
+    assert {arm.drafter for arm in engine.arms} == {"", "suffix", "eagle3"}
+    for arm, least in (("eagle3:4", 2.0), ("medusa:4", 1.5)):
+        results = [smollm2.engines[arm].generate([prompt], TOKENS, temperature=0) for prompt in smollm2.prompts[1:]]
+        tokens, steps = sum(r.n_tokens_generated for r in results), sum(len(r.steps) for r in results)
+        print(f"{arm}: {tokens / steps:.2f} tokens a step")
+        assert tokens / steps > least
 
 
 def test_coupled_sampling_writes_the_same_with_every_arm_and_with_none(smollm2: SmolLM2) -> None:

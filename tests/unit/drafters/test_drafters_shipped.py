@@ -13,12 +13,23 @@ from flashspec import SpeculativeEngine
 from flashspec.core import FlashSpecError
 from flashspec.drafters import shipped
 from flashspec.drafters.eagle import EagleDrafter
-from flashspec.drafters.heads import target_hash
+from flashspec.drafters.heads import head_kind, target_hash
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.engine.arms import default_drafters, make_drafter
 from flashspec.models.base import Vocabulary
 from flashspec.models.loading import LoadedModel, load_model
 from flashspec.models.native import NativeModel
+
+MOST_BYTES = 12_000_000
+
+
+@pytest.mark.parametrize("folder", sorted(shipped.FOLDER.iterdir()), ids=lambda folder: folder.name)
+def test_a_head_of_the_package_has_a_card_and_is_small(folder: Path) -> None:
+    assert folder.name.endswith(str(head_kind(folder)))
+    assert sum(path.stat().st_size for path in folder.iterdir()) < MOST_BYTES
+    card = (folder / "README.md").read_text("utf-8")
+    for told in ("Licence", "revision", "Seed", "Data", "tokens a step"):
+        assert told in card
 
 
 @pytest.fixture
