@@ -247,6 +247,36 @@ def test_scripted_drafts_that_are_empty_cost_nothing_but_time() -> None:
     assert all(record.drafted == 0 for record in records)
 
 
+class GivingWay(TakingTurns):
+    gives_way = True
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"variant": "coupled"}])
+def test_an_arm_with_nothing_to_propose_gives_way(settings: dict, lag: int) -> None:  # type: ignore[type-arg]
+    """Two thirds of the text positions have no draft; both arms hear what came of a step in which the other drafted."""
+    target = MarkovModel.random(6, seed=39)
+    drafters = every_drafter(target) | {"scripted": ScriptedDrafter(lambda text, length: [1] * (len(text) % 3 == 0))}
+    arms = ["scripted:4", "model:2"]
+    selector = GivingWay(2)
+    run = open_run(target, PROMPTS[:1], arms, drafters, 40, lag=lag, selector=selector, **settings)
+    records = [output.record for output in run]
+    assert run.state.texts[0][3:] == decode(target, PROMPTS[:1], ["plain"], drafters, 40, **settings)[0]
+    assert all(record.drafted for record in records[:-2])
+    assert {str(record.arm) for record in records} == set(arms)
+    gave_way = sum(stats.n_pulls for stats in selector.stats) - len(records)
+    assert 0 < gave_way < len(records)
+    assert selector.stats[0].n_drafted > sum(r.drafted for r in records if str(r.arm) == "scripted:4")
+
+
+def test_where_all_arms_give_way_decoding_is_plain() -> None:
+    target = MarkovModel.random(6, seed=39)
+    drafters = {"scripted": ScriptedDrafter(lambda text, length: [])}
+    run = open_run(target, PROMPTS, ["scripted:2", "scripted:4"], drafters, 6, selector=GivingWay(2), temperature=0)
+    assert [str(output.record.arm) for output in run] == ["plain"] * 6
+    assert run.state.texts == [prompt + greedy_text(target, prompt, 6) for prompt in PROMPTS]
+
+
 class Offering(Drafter):
     """Always proposes the same, however much it was asked for."""
 

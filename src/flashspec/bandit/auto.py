@@ -80,7 +80,11 @@ class AutoSelector(DraftSelector):
     arms: (drafter, length), length 0 being plain decoding, which emits exactly one token. seconds: a guess of each
     arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades, slowly
     while others are played, so that an arm that was bad long ago is tried again.
+
+    An arm that gives way is to hear what came of the step all the same: so its rate is that of trying it first.
     """
+
+    gives_way = True
 
     def __init__(
         self,
@@ -116,7 +120,22 @@ class AutoSelector(DraftSelector):
     def expected_rates(self) -> list[float]:
         """Each arm's estimated tokens per second, exploration aside."""
         with self._lock:
-            return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._accepted, self._costs, strict=True)]
+            return self._rates()
+
+    def _rates(self) -> list[float]:
+        return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._accepted, self._costs, strict=True)]
+
+    def rival(self, arm: int) -> float:
+        with self._lock:
+            plain = next(
+                (cost.mean for cost, (_, length) in zip(self._costs, self._arms, strict=True) if not length), None
+            )
+            others = [
+                rate
+                for other, rate in enumerate(self._rates())
+                if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
+            ]
+            return max([1.0] + [rate * plain for rate in others]) if plain else 1.0
 
     def _choose(self, arms: Sequence[int]) -> int:
         luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._lengths}  # its lengths share their evidence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from threading import Lock
 from typing import Any, ClassVar, Self
 
@@ -33,6 +33,8 @@ class DraftSelector(ABC):
     A policy implements `_choose` and `_options`; it may extend `_learn`, `_reset`, `_state` and `_restore`,
     which run with the lock held. Every public method may be called from any thread.
     """
+
+    gives_way: ClassVar[bool] = False  # whether an arm that finds nothing to propose is another's chance in that step
 
     _kinds: ClassVar[dict[str, type[DraftSelector]]] = {}
 
@@ -73,16 +75,24 @@ class DraftSelector(ABC):
         with self._lock:
             return tuple(self._enabled)
 
-    def select(self) -> int:
-        """The arm to play next; never a disabled one."""
+    def select(self, asleep: Collection[int] = ()) -> int:
+        """The arm to play next; never a disabled one, nor one of `asleep`. ValueError if that leaves none."""
         with self._lock:
-            arm = self._choose(self._enabled)
+            awake = [arm for arm in self._enabled if arm not in asleep] if asleep else self._enabled
+            if not awake:
+                raise ValueError(f"asleep names all arms that are enabled, {self._enabled}")
+            arm = self._choose(awake)
             self._n_selected += 1
             self._outstanding[arm] += 1
             self._pending.append((self._n_selected, arm))
             while self._pending[0][0] <= self._n_selected - MAX_OUTSTANDING:
                 self._outstanding[self._pending.popleft()[1]] -= 1
             return arm
+
+    def rival(self, arm: int) -> float:
+        """What the best arm of another drafter is expected to yield, in tokens for the time of a plain step; 1.0, as
+        plain decoding does, for policies that know nothing of it."""
+        return 1.0
 
     def update(
         self,

@@ -19,7 +19,9 @@ class DraftContext(Protocol):
     tokens: (B, T) int64, committed text up to lengths (B,) int64, garbage behind. bound: host integer, at least every
     length. texts: the host's copy of the committed text a row; complete for drafters `on_host`.
     active: host copy of which rows are still being written. token_cost: what verifying one more token costs, as a
-    fraction of a step without a draft. target: the target's reader.
+    fraction of a step without a draft. rival: what another drafter is expected to yield, in tokens for the time of a
+    step without a draft; a drafter on the host that expects less had better propose nothing. target: the target's
+    reader.
     """
 
     tokens: Tensor
@@ -29,6 +31,7 @@ class DraftContext(Protocol):
     texts: list[list[int]]
     active: list[bool]
     token_cost: float
+    rival: float
 
     @property
     def target(self) -> Reader: ...

@@ -123,6 +123,8 @@ class HeadReader(Reader):
 
 
 class EagleDrafter(Drafter):
+    lengths = (2, 4, 6)
+
     def __init__(self, head: EagleHead, name: str = "eagle3") -> None:
         self.head = head
         self.name = name

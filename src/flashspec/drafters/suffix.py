@@ -104,7 +104,7 @@ class SuffixProposer(Proposer):
 
     def propose(self, context: DraftContext, length: int) -> Draft:
         rows = [
-            self._write(row, text, length, context.token_cost) if context.active[row] else []
+            self._write(row, text, length, context.token_cost, context.rival) if context.active[row] else []
             for row, text in enumerate(context.texts)
         ]
         width = max(map(len, rows))
@@ -120,9 +120,10 @@ class SuffixProposer(Proposer):
             return remembered
         return own
 
-    def _write(self, row: int, text: list[int], length: int, token_cost: float) -> list[int]:
+    def _write(self, row: int, text: list[int], length: int, token_cost: float, rival: float) -> list[int]:
         """Tokens for as long as one more raises the expected tokens per second: with S expected so far from k tokens
-        and a chance P that the next is reached and kept, that is while P (1 + c k) > c (1 + S)."""
+        and a chance P that the next is reached and kept, that is while P (1 + c k) > c (1 + S). None if they are
+        expected to yield less than a rival."""
         draft: list[int] = []
         recent = text[-self.drafter.max_match :]
         reached, expected = 1.0, 0.0
@@ -136,4 +137,4 @@ class SuffixProposer(Proposer):
             expected += reached
             draft.append(prediction[0])
             recent = [*recent[-self.drafter.max_match + 1 :], prediction[0]]
-        return draft
+        return draft if 1 + expected >= rival * (1 + token_cost * len(draft)) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from flashspec.core import PLAIN, Arm, Draft, FinishReason, RowStep, StepRecord,
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
 from flashspec.engine.outcome import Letter, Outcome
 from flashspec.engine.state import DecodeState
-from flashspec.engine.step import step
+from flashspec.engine.step import verify
 from flashspec.engine.workspace import Workspace
 from flashspec.models.reader import Reader
 
@@ -49,6 +49,7 @@ class _Flight:
     letter: Letter
     started: float
     active: list[bool]
+    gave_way: list[int]  # the arms that were to be played and found nothing to propose
 
 
 class DrafterFailed(Exception):
@@ -88,6 +89,13 @@ def _blaming_the_drafter() -> Iterator[None]:
         yield
     except Exception as error:
         raise DrafterFailed(f"{type(error).__name__}: {error}") from error
+
+
+def _is_empty(draft: Draft) -> bool:
+    """Whether there is no token in it and nothing wrong with it, as far as that can be known without waiting."""
+    if draft.lengths.device.type != "cpu":
+        return False
+    return not draft.lengths.any() and (draft.faulty is None or not draft.faulty.any())
 
 
 class Run:
@@ -146,31 +154,47 @@ class Run:
         state = self.state
         state.prepare()
         started = self.clock()  # a prefill is no arm's doing
-        try:
-            outcome = self._attempt(arm)
-        except DrafterFailed as failure:
-            self._quarantine(arm.drafter, str(failure))
-            arm_index, arm = None, PLAIN
-            outcome = self._attempt(arm)
+        gave_way: list[int] = []
+        while True:
+            try:
+                outcome = self._attempt(arm_index, arm)
+            except DrafterFailed as failure:
+                self._quarantine(arm.drafter, str(failure))
+                arm_index, arm = None, PLAIN
+                continue
+            if outcome is not None:
+                break
+            assert arm_index is not None
+            gave_way.append(arm_index)
+            mute = {self.arms[index].drafter for index in gave_way}
+            arm_index = self._choose([index for index, arm in enumerate(self.arms) if arm.drafter in mute])
+            arm = PLAIN if arm_index is None else self.arms[arm_index]
         counted: set[Reader] = set()
         if self.lag:
             counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
-        return _Flight(arm_index, arm, outcome.width, counted, outcome.post(), started, list(state.active))
+        return _Flight(arm_index, arm, outcome.width, counted, outcome.post(), started, list(state.active), gave_way)
 
-    def _choose(self) -> int | None:
-        if all(self.arms[index].drafter in self.broken for index in self.selector.enabled):
+    def _choose(self, asleep: Collection[int] = ()) -> int | None:
+        if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
             return None
-        return self.selector.select()
+        return self.selector.select(asleep)
 
-    def _attempt(self, arm: Arm) -> Outcome:
+    def _attempt(self, arm_index: int | None, arm: Arm) -> Outcome | None:
+        """None: its drafter proposes nothing, so that another arm has its chance."""
+        on_host = bool(arm.length) and self.drafters[arm.drafter].on_host
+        if on_host and arm_index is not None:
+            self.state.rival = self.selector.rival(arm_index)
         if arm.drafter not in self.proposers:
             self.proposers[arm.drafter] = _Guarded(partial(self._start, arm.drafter))
         proposer = self.proposers[arm.drafter]
-        if self.workspace is not None:
-            return self.workspace.take(arm, proposer, bool(arm.length) and self.drafters[arm.drafter].on_host)
+        if self.workspace is not None and not on_host:
+            return self.workspace.take(arm, proposer)
         proposer.prepare(self.state)
-        return step(self.state, proposer, arm.length)
+        draft = proposer.propose(self.state, arm.length)
+        if arm.length and self.selector.gives_way and _is_empty(draft):
+            return None
+        return verify(self.state, draft) if self.workspace is None else self.workspace.verify_given(draft)
 
     def _start(self, name: str) -> Proposer:
         drafter = self.drafters[name]
@@ -226,6 +250,7 @@ class Run:
             self._advance(grown)
         for reader in flight.counted:
             reader.stale -= flight.width - grown
-        if flight.arm_index is not None:
-            pairs = [(row.drafted, row.accepted) for row in record.rows]
-            self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
+        pairs = [(row.drafted, row.accepted) for row in record.rows]
+        for index in (*flight.gave_way, flight.arm_index):
+            if index is not None:
+                self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)

@@ -47,6 +47,7 @@ class DecodeState:
     texts: list[list[int]] = field(default_factory=list)
     active: list[bool] = field(default_factory=list)
     token_cost: float = 0.1
+    rival: float = 1.0
     memory: PrefixCache | None = None
     readers: list[Reader] = field(default_factory=list)
     capture: Callable[[str, Callable[[], None]], None] | None = None

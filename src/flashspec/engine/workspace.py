@@ -97,16 +97,11 @@ class Workspace:
             self._proposers[name] = drafter.start(self.state)
         return self._proposers[name]
 
-    def take(self, arm: Arm, proposer: Proposer, on_host: bool) -> Outcome:
-        """One step of an arm."""
+    def take(self, arm: Arm, proposer: Proposer) -> Outcome:
+        """One step of an arm whose drafter works on the device."""
         state = self.state
         proposer.prepare(state)
-        if not on_host:
-            return self._step((self._settings, arm), lambda: step(state, proposer, arm.length))
-        draft = proposer.propose(state, arm.length)
-        if draft.logits is not None or draft.faulty is not None:
-            return verify(state, draft)  # of a class that only has generate_draft: outside the graphs
-        return self._verify_given(draft)
+        return self._step((self._settings, arm), lambda: step(state, proposer, arm.length))
 
     def _warm_up(self) -> None:
         rows, longest = len(self.state.tokens), 0
@@ -115,7 +110,7 @@ class Workspace:
         for _ in range(2):
             self.state.target.stale = 1  # catching up is captured too
             self.state.prepare()
-            self.take(PLAIN, NoDraft(), on_host=False)
+            self.take(PLAIN, NoDraft())
         for arm in self.arms:
             drafter = self.drafters[arm.drafter] if arm.length else None
             if drafter is None:
@@ -128,13 +123,15 @@ class Workspace:
                 for _ in range(2):
                     for reader in self.state.readers[1:]:
                         reader.stale = reader.lag + 1
-                    self.take(arm, proposer, on_host=False)
+                    self.take(arm, proposer)
         for width in WIDTHS[1 : WIDTHS.index(round_up(longest)) + 1]:
             for _ in range(2):
-                self._verify_given(Draft(torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows).long()))
+                self.verify_given(Draft(torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows).long()))
 
-    def _verify_given(self, draft: Draft) -> Outcome:
-        """Verify a draft on the host by copying it to where a graph reads it."""
+    def verify_given(self, draft: Draft) -> Outcome:
+        """The rest of a step, of a draft that was written on the host: it is copied to where a graph reads it."""
+        if draft.logits is not None or draft.faulty is not None:
+            return verify(self.state, draft)  # of a class that only has generate_draft: outside the graphs
         rows, width = draft.token_ids.shape
         room = round_up(width)
         if not room:

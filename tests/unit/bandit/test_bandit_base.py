@@ -313,6 +313,17 @@ def test_last_enabled_arm_cannot_be_disabled():
     assert selector.select() == 1
 
 
+@every_strategy
+def test_arms_asleep_are_not_chosen(strategy):
+    selector = selector_of(strategy)
+    selector.disable(0)
+    assert {selector.select([1]) for _ in range(5)} == {2}
+    assert {selector.select([0, 2]) for _ in range(5)} == {1}
+    with pytest.raises(ValueError, match="asleep names all arms that are enabled"):
+        selector.select([1, 2])
+    assert selector.enabled == (1, 2)
+
+
 def test_feedback_of_an_arm_disabled_meanwhile_still_counts():
     selector = selector_of("ucb1")
     arm = selector.select()

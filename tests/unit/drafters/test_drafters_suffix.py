@@ -10,11 +10,14 @@ import torch
 from flashspec.drafters.suffix import SuffixDrafter, SuffixIndex, Trust
 
 
-def context_of(*texts: list[int], token_cost: float = 0.1, active: list[bool] | None = None) -> SimpleNamespace:
+def context_of(
+    *texts: list[int], token_cost: float = 0.1, rival: float = 1.0, active: list[bool] | None = None
+) -> SimpleNamespace:
     return SimpleNamespace(
         texts=[list(text) for text in texts],
         active=active or [True] * len(texts),
         token_cost=token_cost,
+        rival=rival,
         tokens=torch.zeros(len(texts), 1),
     )
 
@@ -92,6 +95,13 @@ def test_the_rule_of_when_to_stop_by_hand() -> None:
     """All classes unseen count as one half: a second token would need 0.25 (1 + c) > c (1 + 0.5)."""
     text = [1, 2, 3, 1]
     assert [len(drafts(SuffixDrafter(), text, token_cost=cost)[0]) for cost in (0.6, 0.4, 0.19)] == [0, 1, 2]
+
+
+def test_a_draft_that_promises_less_than_a_rival_is_not_made() -> None:
+    """At 0.19 a token two are worth it: 1.75 tokens for 1.38 steps."""
+    text = [1, 2, 3, 1]
+    lengths = [len(drafts(SuffixDrafter(), text, token_cost=0.19, rival=rival)[0]) for rival in (1.0, 1.26, 1.27)]
+    assert lengths == [2, 2, 0]
 
 
 def test_rows_are_matched_each_for_itself_and_finished_ones_not_at_all() -> None:
