@@ -184,6 +184,7 @@ SUMMARY = {  # of a row: what it is called, how it is written
     "speedup_vs_hf": ("× transformers", "{:.2f}×"),
     "speedup_vs_plain": ("× plain", "{:.2f}×"),
     "same_text_as_hf_float32": ("same text", "{:.0%}"),
+    "acceptance_length": ("tokens a forward", "{:.2f}"),  # last, as only ours have it
 }
 
 
