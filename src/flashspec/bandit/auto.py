@@ -13,7 +13,9 @@ from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
-IDLE_MEMORY = 1000  # the same for steps that others took: with 100, a quarter of all steps went to arms known to be bad
+IDLE_FADE = (
+    1 - 1 / 1000
+)  # of evidence, a step that adds none: with 100, a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 
@@ -41,9 +43,11 @@ class Survival:
             self.tried[k] += 1
             self.kept[k] += accepted > k
 
-    def fade(self, factor: float) -> None:
-        self.tried = [count * factor for count in self.tried]
-        self.kept = [count * factor for count in self.kept]
+    def fade(self, factor: float, length: int) -> None:
+        """By the factor as deep as a draft of `length` went, further down by as little as if others had been played."""
+        factors = [factor if k < length else IDLE_FADE for k in range(len(self.tried))]
+        self.tried = [count * by for count, by in zip(self.tried, factors, strict=True)]
+        self.kept = [count * by for count, by in zip(self.kept, factors, strict=True)]
 
     def moments(self, lengths: Collection[int]) -> dict[int, tuple[float, float]]:
         """For each draft length: the expected number of accepted tokens, and the variance of that expectation."""
@@ -152,7 +156,7 @@ class AutoSelector(DraftSelector):
         fade = 1 - 1 / min(MEMORY, self._window_size or MEMORY)
         drafter, length = self._arms[arm]
         for other, survival in self._survival.items():
-            survival.fade(fade if other == drafter else 1 - 1 / IDLE_MEMORY)
+            survival.fade(fade, length if other == drafter else 0)
         if length:
             for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
                 self._survival[drafter].record(length, row_accepted)

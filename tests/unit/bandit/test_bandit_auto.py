@@ -93,6 +93,13 @@ def test_moments_by_hand() -> None:
     }
 
 
+def test_short_drafts_hardly_fade_what_is_known_of_deep_ones() -> None:
+    survival = Survival([10.0] * 4, [5.0] * 4)
+    survival.fade(0.5, 2)
+    assert survival.tried == pytest.approx([5.0, 5.0, 9.99, 9.99])
+    assert survival.kept == pytest.approx([2.5, 2.5, 4.995, 4.995])
+
+
 def test_one_slow_step_counts_at_most_four_times_the_mean() -> None:
     cost = Cost(0.01)
     cost.record(100.0, fade=1.0)
