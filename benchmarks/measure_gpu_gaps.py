@@ -51,9 +51,9 @@ def measure(loaded: Any, arms: list[str]) -> dict[str, Any]:
         for event in found.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    spans = spans[len(spans) // 5 :]  # behind the prefill
+    spans = sorted(spans)[-len(spans) // 2 :]  # the second half, behind the prefill
     busy, gaps = idle(spans)
-    steps = len(result.steps) * 4 / 5
+    steps = len(result.steps) * (spans[-1][1] - spans[0][0]) / 1e6 / sum(step.seconds for step in result.steps)
     gaps.sort()
     return {
         "target": loaded.name,

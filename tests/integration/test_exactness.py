@@ -56,6 +56,10 @@ class RandomSelector(DraftSelector):
         return {"n_arms": self.n_arms}
 
 
+class GivingWay(RandomSelector):
+    gives_way = True
+
+
 def target_and_drafter(kind: str, vocab_size: int) -> tuple[MarkovModel, MarkovModel]:
     target = MarkovModel.random(vocab_size, seed=11)
     draft = MarkovModel.random(vocab_size, seed=12)
@@ -128,6 +132,7 @@ def make_drafters(draft: MarkovModel) -> dict[str, Drafter]:
         "suffix": SuffixDrafter(),
         "early-exit": EarlyExitDrafter(1),
         "host": HostDrafter(ReversedDrafter(vocab_size), "host"),
+        "mute": ScriptedDrafter(lambda text, n: [], "mute"),
         "scripted": ScriptedDrafter(lambda text, n: [(text[-1] + 1) % vocab_size] * (len(text) % (n + 1))),
     }
 
@@ -177,6 +182,7 @@ CASES = [
     Case("drafter with generate_draft", ("host:2",), rows=10_000),
     Case("arms at random", MIXED, count=4, vocab_size=4),
     Case("arms adaptively", MIXED, count=4, vocab_size=4, selector="thompson"),
+    Case("arms that give way", ("mute:2", "model:3", "scripted:2"), count=4, vocab_size=4, selector="giving way"),
     Case("arms by auto", MIXED, count=4, vocab_size=4, selector="auto"),
     Case("feedback one step late", MIXED, count=4, vocab_size=4, selector="thompson", lag=1),
     *(
@@ -204,8 +210,8 @@ def decode(case: Case) -> tuple[torch.Tensor, MarkovModel, SamplingConfig]:
 
 
 def make(strategy: str, arms: Sequence[Arm]) -> DraftSelector:
-    if strategy == "random":
-        return RandomSelector(len(arms))
+    if strategy in ("random", "giving way"):
+        return (RandomSelector if strategy == "random" else GivingWay)(len(arms))
     named = [(arm.drafter, arm.length) for arm in arms]
     return make_selector(strategy, len(arms), seed=5, arms=named, seconds=[1.0] * len(arms))
 

@@ -269,6 +269,19 @@ def test_an_arm_with_nothing_to_propose_gives_way(settings: dict, lag: int) -> N
     assert selector.stats[0].n_drafted > sum(r.drafted for r in records if str(r.arm) == "scripted:4")
 
 
+def test_a_drafter_that_fails_after_another_gave_way_costs_neither_text() -> None:
+    target = MarkovModel.random(6, seed=39)
+
+    def fail(text: list[int], length: int) -> list[int]:
+        raise RuntimeError("broken")
+
+    drafters = {"mute": ScriptedDrafter(lambda text, length: []), "failing": ScriptedDrafter(fail, "failing")}
+    with pytest.warns(RuntimeWarning, match="'failing' is set aside for this request: RuntimeError: broken"):
+        run = open_run(target, PROMPTS[:1], ["mute:2", "failing:2"], drafters, 6, selector=GivingWay(2), temperature=0)
+        assert [str(output.record.arm) for output in run] == ["plain"] * 6
+    assert run.state.texts == [PROMPTS[0] + greedy_text(target, PROMPTS[0], 6)]
+
+
 def test_where_all_arms_give_way_decoding_is_plain() -> None:
     target = MarkovModel.random(6, seed=39)
     drafters = {"scripted": ScriptedDrafter(lambda text, length: [])}

@@ -13,9 +13,7 @@ from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
-IDLE_FADE = (
-    1 - 1 / 1000
-)  # of evidence, a step that adds none: with 100, a quarter of all steps went to arms known to be bad
+IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 
@@ -131,15 +129,14 @@ class AutoSelector(DraftSelector):
 
     def rival(self, arm: int) -> float:
         with self._lock:
-            plain = next(
-                (cost.mean for cost, (_, length) in zip(self._costs, self._arms, strict=True) if not length), None
-            )
+            # Plain decoding may go untried for long, so a slow step of it could stand for ever; no arm is cheaper.
+            plain = min(cost.mean for cost in self._costs)
             others = [
-                rate
+                rate * plain
                 for other, rate in enumerate(self._rates())
                 if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
             ]
-            return max([1.0] + [rate * plain for rate in others]) if plain else 1.0
+            return max([1.0, *others])
 
     def _choose(self, arms: Sequence[int]) -> int:
         luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._lengths}  # its lengths share their evidence

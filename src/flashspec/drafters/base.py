@@ -73,7 +73,8 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, context: DraftContext, length: int) -> Draft:
         """At most `length` tokens a row, as a pure function of tensors unless the drafter works on the host; fewer
-        columns than `length`, and tensors on the CPU, may come from a host drafter."""
+        columns than `length`, and tensors on the CPU, may come from a host drafter. Whether a draft is empty may depend
+        on the past, but on nothing drawn for this step: another arm may then draft instead, with the same noise."""
 
 
 class Drafter(ABC):

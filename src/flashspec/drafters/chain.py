@@ -24,7 +24,8 @@ def write_chain(
     read_next(token_ids (B, 1), offset) gives the next after feeding one more. part: (V',) int64, the tokens that logits
     (B, V') are of, where that is not all. A row's draft ends before its first logits that are not finite; one whose
     text is shorter than `least` has none."""
-    size, weights = (len(hidden), length), None
+    size = len(hidden), length
+    weights = None
     if not context.one_hot_drafts:
         weights = hidden.new_empty(*size, context.target.model.vocab_size, dtype=torch.float32)
     token_ids, lengths = hidden.new_empty(size, dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.int64)

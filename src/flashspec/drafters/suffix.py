@@ -103,11 +103,14 @@ class SuffixProposer(Proposer):
             self.indexed[row] = len(text)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
-        rows = [
-            self._write(row, text, length, context.token_cost, context.rival) if context.active[row] else []
-            for row, text in enumerate(context.texts)
+        written = [
+            self._write(row, text, length, context.token_cost) if active else ([], 0.0)
+            for row, (text, active) in enumerate(zip(context.texts, context.active, strict=True))
         ]
-        width = max(map(len, rows))
+        rows, width = [draft for draft, _ in written], max(len(draft) for draft, _ in written)
+        hoped = sum(1 + expected for (_, expected), active in zip(written, context.active, strict=True) if active)
+        if hoped < sum(context.active) * context.rival * (1 + context.token_cost * width):
+            rows, width = [[] for _ in rows], 0  # a rival does better
         padded = [row + [0] * (width - len(row)) for row in rows]
         token_ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
         return Draft(token_ids, torch.tensor([len(row) for row in rows]))
@@ -120,10 +123,10 @@ class SuffixProposer(Proposer):
             return remembered
         return own
 
-    def _write(self, row: int, text: list[int], length: int, token_cost: float, rival: float) -> list[int]:
-        """Tokens for as long as one more raises the expected tokens per second: with S expected so far from k tokens
-        and a chance P that the next is reached and kept, that is while P (1 + c k) > c (1 + S). None if they are
-        expected to yield less than a rival."""
+    def _write(self, row: int, text: list[int], length: int, token_cost: float) -> tuple[list[int], float]:
+        """Tokens, and how many are expected to be kept, for as long as one more raises the expected tokens per second:
+        with S expected so far from k tokens and a chance P that the next is reached and kept, that is while
+        P (1 + c k) > c (1 + S)."""
         draft: list[int] = []
         recent = text[-self.drafter.max_match :]
         reached, expected = 1.0, 0.0
@@ -137,4 +140,4 @@ class SuffixProposer(Proposer):
             expected += reached
             draft.append(prediction[0])
             recent = [*recent[-self.drafter.max_match + 1 :], prediction[0]]
-        return draft if 1 + expected >= rival * (1 + token_cost * len(draft)) else []
+        return draft, expected

@@ -139,7 +139,10 @@ class Conversation:
 
     def send(self, message: str, max_new_tokens: int | None = None, **changes: Any) -> Iterator[Chunk]:
         """Ask, and stream the answer. The question joins the messages at once, if it can be answered: ValueError as for
-        `generate`. The answer is written while it is read, and joins them when it ends, or is left early."""
+        `generate`. The answer is written while it is read, and joins them when it ends, or is left early; the next
+        question takes the place of one whose answer nobody began to read."""
+        if self.messages and self.messages[-1]["role"] == "user":  # nobody read its answer
+            self.messages = self.messages[:-1]
         messages = [*self.messages, {"role": "user", "content": message}]
         self.last = self.engine.stream(messages, max_new_tokens, memory=self.memory, **changes)
         self.messages = messages

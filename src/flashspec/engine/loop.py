@@ -50,6 +50,7 @@ class _Flight:
     started: float
     active: list[bool]
     gave_way: list[int]  # the arms that were to be played and found nothing to propose
+    lost: float  # the seconds that these took
 
 
 class DrafterFailed(Exception):
@@ -154,7 +155,7 @@ class Run:
         state = self.state
         state.prepare()
         started = self.clock()  # a prefill is no arm's doing
-        gave_way: list[int] = []
+        gave_way, lost = list[int](), 0.0
         while True:
             try:
                 outcome = self._attempt(arm_index, arm)
@@ -166,19 +167,28 @@ class Run:
                 break
             assert arm_index is not None
             gave_way.append(arm_index)
-            mute = {self.arms[index].drafter for index in gave_way}
-            arm_index = self._choose([index for index, arm in enumerate(self.arms) if arm.drafter in mute])
+            arm_index = self._choose(self._asleep(gave_way))
             arm = PLAIN if arm_index is None else self.arms[arm_index]
+            lost = self.clock() - started
         counted: set[Reader] = set()
         if self.lag:
             counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
-        return _Flight(arm_index, arm, outcome.width, counted, outcome.post(), started, list(state.active), gave_way)
+        letter, active = outcome.post(), list(state.active)
+        return _Flight(arm_index, arm, outcome.width, counted, letter, started, active, gave_way, lost)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
             return None
-        return self.selector.select(asleep)
+        return self.selector.select(asleep) if asleep else self.selector.select()
+
+    def _asleep(self, gave_way: Sequence[int]) -> list[int]:
+        """The arms that have no chance in this step any more: those of drafters that gave way, and those on the host
+        while it does not know the text."""
+        mute = {self.arms[index].drafter for index in gave_way}
+        if self.flights:
+            mute |= {name for name, drafter in self.drafters.items() if drafter.on_host}
+        return [index for index, arm in enumerate(self.arms) if arm.drafter in mute]
 
     def _attempt(self, arm_index: int | None, arm: Arm) -> Outcome | None:
         """None: its drafter proposes nothing, so that another arm has its chance."""
@@ -251,6 +261,8 @@ class Run:
         for reader in flight.counted:
             reader.stale -= flight.width - grown
         pairs = [(row.drafted, row.accepted) for row in record.rows]
-        for index in (*flight.gave_way, flight.arm_index):
-            if index is not None:
-                self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
+        for index in flight.gave_way:  # what came of trying it first
+            self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
+        if flight.arm_index is not None:
+            seconds = max(record.seconds - flight.lost, 0.0)
+            self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=seconds)

@@ -231,9 +231,9 @@ def choose_tokens(
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits should be (B, V) with V >= 1: got shape {tuple(logits.shape)}")
-    if draft.faulty is None:
-        raise ValueError("draft.faulty should be (B,) bool: got None")
-    (rows, size), gamma, device = logits.shape, max(draft.token_ids.shape[-1], offset + 1), logits.device
+    (rows, size), gamma, device = logits.shape, draft.token_ids.shape[-1], logits.device
+    if draft.faulty is None or not 0 <= offset < gamma:
+        raise ValueError(f"draft of {gamma} tokens should have faulty (B,), and a place for token {offset}")
     _check("logits", logits, (rows, size), _LOGIT_DTYPES, device)
     for name, tensor, shape, dtype in (
         ("draft.token_ids", draft.token_ids, (rows, gamma), torch.int64),

@@ -119,13 +119,14 @@ class Writer:
         self._over = over
         self._seeds = count(seed * 1_000_003)
 
-    def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0) -> list[Prompt]:
-        """What the target adds to each; cut short when time is over or most texts are, empty where its logits are not
-        finite."""
+    def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0, whole: bool = True) -> list[Prompt]:
+        """What the target adds to each; cut short when time is over and, unless they should be whole, when most of the
+        batch are at their end; empty where its logits are not finite."""
         sampling = SamplingConfig(temperature=temperature, seed=next(self._seeds))
         generation = self.engine.stream(prompts, most, sampling=sampling)
+        few = 0 if whole else STRAGGLERS * len(prompts)
         for chunk in generation:
-            if len(chunk.record.rows) <= STRAGGLERS * len(prompts) or self._over():
+            if len(chunk.record.rows) <= few or self._over():
                 break
         result = generation.result()
         rows = zip(result.output_ids.tolist(), result.finish_reasons, strict=True)
@@ -158,18 +159,21 @@ def write_rollouts(
         )
     else:
         source = _file_tasks(file_prompts(prompts, target, half), rows, folder.prompts)
+    waiting, skipped = {temperature: list[_Task]() for temperature in ANSWERS}, 0
     while not over() and folder.tokens < settings.most_tokens:
-        tasks: list[_Task] = []
-        while len(tasks) < len(ANSWERS) * rows and not over():  # full batches
-            tasks += next(source)
-        texts = []
-        for temperature in ANSWERS:
-            asked = [task for task in tasks if task.temperature == temperature]
-            if asked and not over():
-                answers = writer.write([task.prompt for task in asked], half, temperature)
-                texts += [(task.prompt, answer, task.held_out) for task, answer in zip(asked, answers, strict=True)]
-        if tasks:
-            folder.add(texts, len(tasks), clock() - begun - folder.seconds)
+        for task in next(source):
+            if task.temperature is None:
+                skipped += 1
+            else:
+                waiting[task.temperature].append(task)
+        for temperature, tasks in waiting.items():
+            asked, later = tasks[:rows], tasks[rows:]
+            if over() or not asked or (len(asked) < rows and folder.tokens):  # full batches, once there is any text
+                continue
+            answers = writer.write([task.prompt for task in asked], half, temperature, whole=False)
+            texts = [(task.prompt, answer, task.held_out) for task, answer in zip(asked, answers, strict=True)]
+            folder.add(texts, len(asked) + skipped, clock() - begun - folder.seconds)
+            waiting[temperature], skipped = later, 0
         done = max((clock() - begun) / share, folder.tokens / settings.most_tokens)
         progress(f"the target writes: {folder.tokens:,} tokens", min(done, 1.0))
 

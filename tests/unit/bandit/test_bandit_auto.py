@@ -185,17 +185,24 @@ def test_disabled_arms_are_not_played() -> None:
     assert best_arm() in {d.arm for d in play(selector, responder(Random(6)), 100)}
 
 
-def test_a_rival_is_the_best_arm_of_another_drafter_over_plain_decoding() -> None:
+def test_a_rival_is_the_best_arm_of_another_drafter_in_the_time_of_the_cheapest_step() -> None:
     selector = selector_of()
     play(selector, responder(Random(8)), 400)
     for arm in range(len(ARMS)):
         selector.update(arm, 0, ARMS[arm][1], seconds=seconds_of(arm))
-    rates = selector.expected_rates()
-    assert selector.rival(1) == selector.rival(0) == pytest.approx(max(rates[3:]) / rates[0])
-    assert selector.rival(3) == pytest.approx(max(1.0, max(rates[1:3]) / rates[0]))
+    rates, cheapest = selector.expected_rates(), min(cost.mean for cost in selector._costs)
+    assert selector.rival(1) == selector.rival(0) == pytest.approx(max(rates[3:]) * cheapest)
+    assert selector.rival(3) == pytest.approx(max(1.0, max(rates[:3]) * cheapest))
     selector.disable(5)
-    assert selector.rival(1) == pytest.approx(max(rates[3:5]) / rates[0])
-    assert AutoSelector(2, [("a", 2), ("b", 2)], [1.0, 1.0]).rival(0) == 1.0  # nothing plain to compare with
+    assert selector.rival(1) == pytest.approx(max(rates[3:5]) * cheapest)
+
+
+def test_a_slow_plain_step_makes_no_rival_much_stronger() -> None:
+    selector = selector_of()
+    play(selector, responder(Random(9)), 400)
+    before = selector.rival(1)
+    selector.update(0, 0, 0, seconds=9 * STEP_SECONDS)
+    assert selector.rival(1) < 1.2 * before
 
 
 @pytest.mark.parametrize(

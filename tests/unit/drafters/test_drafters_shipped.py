@@ -28,7 +28,7 @@ def test_a_head_of_the_package_has_a_card_and_is_small(folder: Path) -> None:
     assert folder.name.endswith(str(head_kind(folder)))
     assert sum(path.stat().st_size for path in folder.iterdir()) < MOST_BYTES
     card = (folder / "README.md").read_text("utf-8")
-    for told in ("Licence", "revision", "Seed", "Data", "tokens a step"):
+    for told in ("Licence", "revision", "Seed", "Data", "Reads", "tokens a step"):
         assert told in card
 
 

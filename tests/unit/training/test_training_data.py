@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from flashspec.training.batches import cut, endless, epoch_order, held_out_order
 from flashspec.training.features import hidden_states
 from flashspec.training.files import read_tensors, write_tensors, write_whole
 from flashspec.training.prompts import file_prompts, is_sane, own_prompts
-from flashspec.training.rollouts import RolloutFolder, Rollouts, write_rollouts
+from flashspec.training.rollouts import RolloutFolder, Rollouts, Writer, write_rollouts
 from flashspec.training.settings import Settings
 from flashspec.training.target import Target, load_target
 from flashspec.training.vocabulary import DraftVocabulary, choose_vocabulary, coverage_of
@@ -243,6 +245,46 @@ class TestRollouts:
         counts = texts.counts(330)
         kept = [texts.written(i) for i in range(len(texts)) if not texts.held_out[i]]
         assert counts.equal(torch.bincount(torch.cat(kept).long(), minlength=330))
+
+    def test_batches_of_answers_are_full_and_never_larger(
+        self, tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts, asked = tmp_path / "prompts", []
+        prompts.write_text("\n".join(f"number {index}" for index in range(50)))
+
+        def write(
+            writer: Writer, prompts: list[list[int]], most: int, temperature: float = 1.0, whole: bool = True
+        ) -> list[list[int]]:
+            asked.append((len(prompts), whole))
+            return [[5] * 10] * len(prompts)
+
+        monkeypatch.setattr(Writer, "write", write)
+        settings = Settings(seconds=1e6, length=64, rows=8, most_tokens=1000)
+        folder = RolloutFolder.open(tmp_path / "texts")
+        write_rollouts(target, folder, settings, prompts, stopped=lambda: False, progress=lambda what, done: None)
+        assert len(asked) >= 10 and not any(whole for _, whole in asked)
+        assert {count for count, _ in asked[1:]} == {8}  # the first text is not waited for
+        assert folder.tokens == 10 * sum(count for count, _ in asked)
+
+    @pytest.mark.parametrize(("whole", "steps"), [(True, 5), (False, 4)])
+    def test_the_last_quarter_of_a_batch_is_not_waited_for(
+        self, target: Target, monkeypatch: pytest.MonkeyPatch, whole: bool, steps: int
+    ) -> None:
+        taken = []
+
+        class Stream:
+            def __iter__(self) -> Iterator[SimpleNamespace]:
+                for running in (8, 8, 3, 2, 1):
+                    taken.append(running)
+                    yield SimpleNamespace(record=SimpleNamespace(rows=[None] * running))
+
+            def result(self) -> SimpleNamespace:
+                return SimpleNamespace(output_ids=torch.tensor([[4, -1]] * 8), finish_reasons=["cancelled"] * 8)
+
+        writer = Writer(target, 64, 0, lambda: False)
+        monkeypatch.setattr(writer.engine, "stream", lambda *arguments, **options: Stream())
+        assert writer.write([[1]] * 8, 30, whole=whole) == [[4]] * 8
+        assert len(taken) == steps
 
     def test_too_little_text(self, tmp_path: Path) -> None:
         folder = RolloutFolder.open(tmp_path / "texts")
