@@ -248,7 +248,7 @@ def test_heads_by_folder_stand_in_one_table(
     assert result["settings"]["drafters"] == ["eagle3", "medusa", "suffix"]
     assert {arm["arm"] for arm in rows["ucb1@arms"]["arms"]} == set(TABLE[:5])  # each once, first of all
     assert {arm["arm"] for arm in rows["auto"]["arms"]} <= {
-        "plain", *(f"{name}:{length}" for name in ("eagle3", "medusa", "suffix") for length in (2, 4, 8, 15))
+        "plain", *(f"{name}:{length}" for name in ("eagle3", "medusa", "suffix") for length in (2, 4, 6, 15))
     }  # fmt: skip
     assert len(rows["eagle3:2"]["acceptance_per_position"]) == 2
     assert heads["eagle"] not in output.read_text()  # no folder of a machine

@@ -84,11 +84,12 @@ def train(source: Path, out: Path, settings: Settings = SETTINGS, **options: Any
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, tmp_path: Path, kind: Kind) -> None:
-    outcome = train(source, tmp_path / "head", replace(SETTINGS, kind=kind))
+    outcome = train(source, tmp_path / "head", replace(SETTINGS, kind=kind, seconds=120.0, most_tokens=6000))
     assert not outcome.interrupted
     first, last = outcome.measures[0], outcome.measures[-1]
-    assert last.loss < first.loss - 0.1
-    assert last.length > first.length + 0.2
+    gain = 0.1 if kind is Kind.MEDUSA else 0.5  # that begins as the target's own guess, which is good here
+    assert last.loss < first.loss - gain
+    assert last.length > first.length + gain
     assert tokens_a_step(source, tmp_path / "head") == pytest.approx(last.length, abs=0.1)
 
 
