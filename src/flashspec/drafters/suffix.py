@@ -108,8 +108,9 @@ class SuffixProposer(Proposer):
             for row, (text, active) in enumerate(zip(context.texts, context.active, strict=True))
         ]
         rows, width = [draft for draft, _ in written], max(len(draft) for draft, _ in written)
-        hoped = sum(1 + expected for (_, expected), active in zip(written, context.active, strict=True) if active)
-        if hoped < sum(context.active) * context.rival * (1 + context.token_cost * width):
+        running = sum(context.active)
+        hoped = running + sum(expected for _, expected in written)
+        if hoped < running * context.rival * (1 + context.token_cost * width):
             rows, width = [[] for _ in rows], 0  # a rival does better
         padded = [row + [0] * (width - len(row)) for row in rows]
         token_ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)

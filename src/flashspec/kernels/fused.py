@@ -205,32 +205,15 @@ def verify_logits(
     shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
     lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread
     draw_warps = 4 if cut.draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
-    overlap = overlapped(target_logits.device) if batch_size <= FEW_ROWS else {"OVERLAP": False}
+    few = batch_size <= FEW_ROWS
+    options = {"VARIANT": variant} | (overlapped(target_logits.device) if few else {"OVERLAP": False})
     with torch.cuda.device_of(target_logits):
         _summary_kernel[(cut.n_tiles, sequences, batch_size)](
-            *common,
-            gamma,
-            vocab_size,
-            cut.steps,
-            VARIANT=variant,
-            SKIP=batch_size > FEW_ROWS,
-            LANES=lanes,
-            num_warps=WARPS,
-            **overlap,
+            *common, gamma, vocab_size, cut.steps, SKIP=not few, LANES=lanes, num_warps=WARPS, **options
         )
         steps = cut.n_tiles, cut.draw_steps
         _verdict_kernel[(cut.n_draws, batch_size)](
-            *common,
-            results,
-            gamma,
-            vocab_size,
-            *steps,
-            epsilon,
-            delta,
-            VARIANT=variant,
-            **shape,
-            num_warps=draw_warps,
-            **overlap,
+            *common, results, gamma, vocab_size, *steps, epsilon, delta, **shape, num_warps=draw_warps, **options
         )
     return num_accepted, next_token, failed
 

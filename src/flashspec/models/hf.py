@@ -141,16 +141,14 @@ class HFModel:
 
     def _choose_kernel(self, probe: _ProbeCache, ids: Tensor, theirs: Tensor) -> None:
         """Let our kernel attend if it can express every layer, and if its trial run is right too."""
-        if not decoding.available(self.device) or self.dtype not in _KERNEL_DTYPES:
-            return
-        if self._head_dim % 16 or self._head_dim > 256:
+        fits = self.dtype in _KERNEL_DTYPES and self._head_dim % 16 == 0 and self._head_dim <= 256
+        if not decoding.available(self.device) or not fits:
             return
         rules = [probe.rules.get(layer) for layer in range(self.num_layers)]
         asked = {rule: _slots_seen(rule, self.max_context, ids.device) for rule in set(rules)}  # layers share them
         if 0 in asked.values():
             return
-        seen = [asked[rule] for rule in rules]
-        self._windows = tuple(None if slots == self.max_context else slots for slots in seen)
+        self._windows = tuple(None if asked[rule] == self.max_context else asked[rule] for rule in rules)
         try:
             difference = self._difference(ids, theirs)
             reason = f"its logits are {difference:.2g} standard deviations off"
