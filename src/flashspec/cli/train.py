@@ -76,8 +76,8 @@ def train_drafter(
 
         if device is not None:
             check_device(torch.device(device))
-        settings = Settings(
-            kind=Kind(kind), seconds=60 * minutes, seed=seed, draft_vocab=draft_vocab, shares_lm_head=share_lm_head
+        settings = Settings.of(
+            Kind(kind), shares_lm_head=share_lm_head, seconds=60 * minutes, seed=seed, draft_vocab=draft_vocab
         )
     console = stderr()
     with interruptible() as pressed, Bar(console) as bar:

@@ -27,10 +27,9 @@ _ARCHITECTURES = {Kind.EAGLE3: "LlamaForCausalLMEagle3", Kind.MEDUSA: "MedusaMod
 def head_config(target: Target, settings: Settings, draft_vocab: int, feature_layers: Sequence[int]) -> dict[str, Any]:
     """The contents of the drafter's config.json."""
     c, kind = target.decoder.config, settings.kind
-    layers = settings.layers or (2 if kind is Kind.TINY else 1)
     own = {
         Kind.EAGLE3: {"target_hidden_size": c.hidden_size},
-        Kind.MEDUSA: {"medusa_num_heads": settings.unroll, "medusa_num_layers": layers},
+        Kind.MEDUSA: {"medusa_num_heads": settings.unroll, "medusa_num_layers": settings.layers},
         Kind.TINY: {},
     }[kind]
     return {
@@ -39,7 +38,7 @@ def head_config(target: Target, settings: Settings, draft_vocab: int, feature_la
         "hidden_act": "silu",
         "hidden_size": c.hidden_size,
         "intermediate_size": settings.intermediate_size or c.intermediate_size,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": settings.layers,
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,

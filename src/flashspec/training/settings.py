@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 Progress = Callable[[str, float | None], None]  # what is being done, and how much of it (0..1; None: unknown)
 
@@ -20,8 +21,8 @@ class Settings:
     """seconds: for everything, of which the target writes for at most `writing_share`, and at most `most_tokens`.
 
     draft_vocab: the most entries of the draft vocabulary, which is smaller where fewer cover `coverage` of the text.
-    intermediate_size, layers: of the drafter; None: the target's, and 1 (tiny: 2). shares_lm_head: use the target's
-    rows in place of trained ones, and store none; Medusa heads then read more than the public layout lets them.
+    intermediate_size, layers: of the drafter; None: the target's size. shares_lm_head: use the target's rows in place
+    of trained ones, and store none; Medusa heads then read more than the public layout lets them.
     length: tokens a text at most. unroll: drafts deep that an EAGLE-3 head is trained, and how many heads a Medusa set
     has. decay: weight of a draft step over the one before. batch_tokens None: what suits the device. measure_every:
     seconds between two looks at the held-out text.
@@ -37,7 +38,7 @@ class Settings:
     draft_vocab: int = 16384
     coverage: float = 0.985
     intermediate_size: int | None = None
-    layers: int | None = None
+    layers: int = 1
     shares_lm_head: bool = False
     unroll: int = 5
     decay: float = 0.8
@@ -47,11 +48,21 @@ class Settings:
     measure_every: float = 60.0
     gamma: int = 4
 
+    @classmethod
+    def of(cls, kind: Kind, *, shares_lm_head: bool = False, **options: Any) -> Settings:
+        """With layers, unroll and decay as they suit the kind, where the options do not name them."""
+        suited: dict[Kind, dict[str, Any]] = {
+            Kind.EAGLE3: {},
+            Kind.MEDUSA: {"layers": 3 if shares_lm_head else 1, "unroll": 4, "decay": 0.6},
+            Kind.TINY: {"layers": 2},
+        }
+        return cls(kind=kind, shares_lm_head=shares_lm_head, **suited[kind] | options)
+
     def __post_init__(self) -> None:
         for name in ("seconds", "learning_rate", "measure_every", "decay"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be a number above 0")
-        for name in ("unroll", "gamma", "draft_vocab", "most_tokens"):
+        for name in ("layers", "unroll", "gamma", "draft_vocab", "most_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be at least 1")
         if self.length < 16:

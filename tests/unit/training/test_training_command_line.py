@@ -35,7 +35,16 @@ def test_a_training_ends_with_a_table(trained, capsys, tmp_path: Path) -> None: 
     arguments = ["--target", "x", "--kind", "medusa", "--minutes", "2", "--out", str(tmp_path / "o"), "--seed", "3"]
     assert run(["train-drafter", *arguments, "--share-lm-head", "--draft-vocab", "99"]) == 0
     settings, options = trained[0]
-    assert settings == Settings(kind=Kind.MEDUSA, seconds=120.0, seed=3, draft_vocab=99, shares_lm_head=True)
+    assert settings == Settings(
+        kind=Kind.MEDUSA,
+        seconds=120.0,
+        seed=3,
+        draft_vocab=99,
+        shares_lm_head=True,
+        layers=3,
+        unroll=4,
+        decay=0.6,
+    )
     assert options == {"target": "x", "prompts": None, "texts": None, "device": None, "resume": False}
     shown = capsys.readouterr().err
     assert "60 s        12,345 tokens  held-out loss 2.500  2.25 tokens a step" in shown

@@ -294,6 +294,7 @@ class TestPlaces:
     [
         ("seconds", 0),
         ("seconds", float("nan")),
+        ("layers", 0),
         ("unroll", 0),
         ("length", 3),
         ("coverage", 1.5),
