@@ -33,6 +33,7 @@ CONSOLE = Console(width=170)
 def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit: int) -> dict[str, Callable[[], Any]]:
     """What can be measured, by name. limit: prompts a set."""
     sets = [prompts / f"{name}.jsonl" for name in SETS]
+    gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
 
     def text(
         name: str, methods: list[str], drafters: list[str], limit: int = limit, sets: list[Path] = sets, **options: Any
@@ -45,7 +46,7 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
             limit=limit,
             device="cuda",
             dtype="bfloat16",
-            output=output / f"{name}-h200.json",
+            output=output / f"{name}-{gpu}.json",
             **options,
         )
 
@@ -57,7 +58,7 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         return text(name, ["plain", *arms, "ngram:4", "suffix:15", *SELECTORS], ["suffix", "ngram", *heads], **options)
 
     def stepping(name: str, shape: str, plan: Plan, **options: Any) -> Any:
-        out = output / f"{name}-h200.json"
+        out = output / f"{name}-{gpu}.json"
         return steps.run(shape=shape, random=True, device="cuda", output=out, plan=plan, **options)
 
     parts: dict[str, Callable[[], Any]] = {
@@ -72,7 +73,7 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         "steps-8b": lambda: stepping("steps-8b", "8b", Plan(drafter_sizes=SIZES, baselines=BASELINES[:2])),
         "steps-1b": lambda: stepping("steps-1b", "1b", Plan(baselines=BASELINES[:2])),
         "steps-135m": lambda: stepping("steps-135m", "135m", Plan(baselines=BASELINES[:2])),
-        "kernels": lambda: kernels.run(output / "kernels-h200.json", calls=5),
+        "kernels": lambda: kernels.run(output / f"kernels-{gpu}.json", calls=5),
         "batches-8b": lambda: text(
             "batches-8b",
             ["plain", "ngram:4", "auto"],

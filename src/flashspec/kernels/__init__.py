@@ -251,9 +251,11 @@ def choose_tokens(
             _check(name, tensor, shape, (dtype,), device)
             if name.startswith("draft") and not tensor.is_contiguous():
                 raise ValueError(f"{name} is written in place and should be contiguous: got strides {tensor.stride()}")
-    run = native_choose.choose_tokens if _use_native(logits, seeds) else reference_fused.choose_tokens
+    run = reference_fused.choose_tokens
     if _use_triton(device):
         from flashspec.kernels.choose import choose_tokens as run
+    elif _use_native(logits, seeds):
+        run = native_choose.choose_tokens
     run(logits, draft, offset, seeds, lengths, temperature, purpose, part, bias, floors, least)
 
 
