@@ -29,8 +29,12 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _rotated(qkv_ptr, waves_ptr, norm_ptr, tokens, heads, used, width, eps, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Both halves (rows, HALF_PAD) of a head a row, normalised and rotated where norms and waves are given."""
+def _rotated(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves (rows, HALF_PAD) of a head a row, normalised and rotated where norms and waves are given.
+
+    new: (queries, keys and values of the tokens, their waves, norms, epsilon, a row's first token, query heads, kv
+    heads, elements a token)."""
+    qkv_ptr, waves_ptr, norm_ptr, eps, _first_token, _n_heads, _n_kv, width = new
     half = tl.arange(0, HALF_PAD)[None, :]
     mask = used[:, None] & (half < DIM // 2)
     head_at, wave_at = (tokens * width + heads * DIM)[:, None] + half, (tokens * DIM)[:, None] + half
@@ -53,43 +57,45 @@ def _rotated(qkv_ptr, waves_ptr, norm_ptr, tokens, heads, used, width, eps, DIM:
 
 
 @triton.jit
-def _write(
-    qkv_ptr,
-    waves_ptr,
-    norm_ptr,
-    keys_ptr,
-    values_ptr,
-    tokens,
-    heads,
-    slots,
-    used,
-    width,
-    n_kv,
-    eps,
-    DIM: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    """Put the new keys and values of the tokens (QUERIES,) into the cache."""
-    first, second = _rotated(qkv_ptr, waves_ptr, norm_ptr, tokens, heads, used, width, eps, DIM, HALF_PAD)
-    half, dim = tl.arange(0, HALF_PAD), tl.arange(0, DIM_PAD)
+def _write(new, cache, head, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Put the new keys and values of a row's tokens (QUERIES,) into the cache of a head."""
+    qkv_ptr, _waves_ptr, _norm_ptr, _eps, first_token, n_heads, n_kv, width = new
+    keys_ptr, values_ptr = cache
+    dim, in_dim = dims
+    tokens, heads = first_token + tl.arange(0, slots.shape[0]), n_heads + head
+    first, second = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
+    half = tl.arange(0, HALF_PAD)
     in_half = used[:, None] & (half < DIM // 2)[None, :]
     value_at = (tokens * width + (heads + n_kv) * DIM)[:, None] + dim[None, :]
-    value = tl.load(qkv_ptr + value_at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0)
+    value = tl.load(qkv_ptr + value_at, mask=used[:, None] & in_dim[None, :], other=0.0)
     half_at, dim_at = slots[:, None] * DIM + half[None, :], slots[:, None] * DIM + dim[None, :]
     tl.store(keys_ptr + half_at, first, mask=in_half)
     tl.store(keys_ptr + half_at + DIM // 2, second, mask=in_half)
-    tl.store(values_ptr + dim_at, value, mask=used[:, None] & (dim < DIM)[None, :])
+    tl.store(values_ptr + dim_at, value, mask=used[:, None] & in_dim[None, :])
 
 
 @triton.jit
-def _cached(keys_ptr, values_ptr, slots, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr, DIM_PAD: tl.constexpr):
+def _cached(cache, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
     """Both halves of the keys, and the values, in the cache."""
-    half, dim = tl.arange(0, HALF_PAD)[None, :], tl.arange(0, DIM_PAD)[None, :]
+    keys_ptr, values_ptr = cache
+    half, dim = tl.arange(0, HALF_PAD)[None, :], dims[0][None, :]
     slots, used = slots[:, None], used[:, None]
     first = tl.load(keys_ptr + slots * DIM + half, mask=used & (half < DIM // 2), other=0.0)
     second = tl.load(keys_ptr + slots * DIM + half + DIM // 2, mask=used & (half < DIM // 2), other=0.0)
     return first, second, tl.load(values_ptr + slots * DIM + dim, mask=used & (dim < DIM), other=0.0)
+
+
+@triton.jit
+def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for the split's first slots while the launch before this one ends."""
+    keys_ptr, values_ptr = cache
+    if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
+        piece_at = start * DIM + tl.arange(0, THREADS) * (CHUNK * DIM // THREADS)
+        piece: tl.constexpr = CHUNK * DIM // THREADS * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        ask_ahead(keys_ptr + piece_at, piece)
+        ask_ahead(values_ptr + piece_at, piece)
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -98,6 +104,81 @@ def _capped(scores, CAP: tl.constexpr):
     fallen = tl.exp2(tl.abs(scores) * (-2 * 1.4426950408889634 / CAP))
     size = CAP * (1 - fallen) / (1 + fallen)
     return tl.where(scores < 0, -size, size)
+
+
+@triton.jit
+def _scores(queries, keys, own, slots, scale, window, CAP: tl.constexpr, WINDOWED: tl.constexpr):
+    """Of queries at positions `own` and keys in `slots`, both as halves; -inf where hidden: [CHUNK, PACKED]."""
+    # Slots are the rows of the scores, so that the number of queries never changes the matrix instruction.
+    scores = tl.dot(keys[0], tl.trans(queries[0]), input_precision="ieee")
+    scores = tl.dot(keys[1], tl.trans(queries[1]), scores, input_precision="ieee") * scale  # [CHUNK, PACKED]
+    if CAP is not None:
+        scores = _capped(scores, CAP)
+    visible = slots[:, None] <= own[None, :]
+    if WINDOWED:
+        visible &= slots[:, None] > own[None, :] - window
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _mix(scores, value, top, total, mixed):
+    """Highest score, sum of exponentials and values mixed with these scores too: [PACKED] twice, [PACKED, DIM_PAD]."""
+    new_top = tl.maximum(top, tl.max(scores, 0))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - shift[None, :])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(weights, 0)
+    # Not values times weights: with two products of the wide kind ptxas 12.8 mixes up their operands' addresses.
+    mixed = tl.dot(tl.trans(weights.to(value.dtype)), value, mixed * fade[:, None], input_precision="ieee")
+    return new_top, total, mixed
+
+
+@triton.jit
+def _walk(
+    new,
+    cache,
+    queries,
+    own,
+    positions,
+    head,
+    start,
+    last,
+    window,
+    scale,
+    dims,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """What the queries see of a split, as in `_mix`; new keys and values are written on the way."""
+    PACKED: tl.constexpr = own.shape[0]
+    HALF_PAD: tl.constexpr = queries[0].shape[1]
+    top = tl.full([PACKED], float("-inf"), tl.float32)
+    total = tl.zeros([PACKED], tl.float32)
+    mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
+    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
+    for chunk in range(n_chunks):
+        begin = start + chunk * CHUNK
+        slots = begin + tl.arange(0, CHUNK)  # [CHUNK]
+        here = (positions >= begin) & (positions < begin + CHUNK)  # [QUERIES]
+        if tl.max(here.to(tl.int32)) > 0:
+            _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
+            tl.debug_barrier()
+        key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
+        scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
+        top, total, mixed = _mix(scores, value, top, total, mixed)
+    return top, total, mixed
+
+
+@triton.jit
+def _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM: tl.constexpr):
+    dim, in_dim = dims
+    tl.store(stats_ptr + place * 2, top, mask=used)
+    tl.store(stats_ptr + place * 2 + 1, total, mask=used)
+    at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
+    tl.store(mixed_ptr + at, mixed, mask=used[:, None] & in_dim[None, :])
 
 
 @triton.jit(do_not_specialize=["n_queries", "window"])
@@ -135,88 +216,31 @@ def _attend_kernel(
     n_tiles = tl.cdiv(n_packed, PACKED)
     row, tile = tl.program_id(2) // n_tiles, tl.program_id(2) % n_tiles
     query = tl.arange(0, QUERIES)
-    positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1)  # [QUERIES]
-    positions = positions.to(tl.int32)
-    last = tl.max(positions)
-    start = split * (CHUNK * CHUNKS)
+    positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1).to(tl.int32)
+    last, start = tl.max(positions), split * (CHUNK * CHUNKS)
     if start > last:
         return
     if WINDOWED:
         earliest = tl.min(tl.where(query < n_queries, positions, last))
         if start + CHUNK * CHUNKS <= earliest - window + 1:
             return
-    keys_ptr += row.to(tl.int64) * stride_row + head * stride_head
-    values_ptr += row.to(tl.int64) * stride_row + head * stride_head
+    head_at = row.to(tl.int64) * stride_row + head * stride_head
+    cache = keys_ptr + head_at, values_ptr + head_at
     if OVERLAP:
-        if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
-            piece_at = start * DIM + tl.arange(0, THREADS) * (CHUNK * DIM // THREADS)
-            piece: tl.constexpr = CHUNK * DIM // THREADS * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            ask_ahead(keys_ptr + piece_at, piece)
-            ask_ahead(values_ptr + piece_at, piece)
-        gdc_wait()
-        gdc_launch_dependents()
+        _ask_and_wait(cache, start, stride_head, DIM, CHUNK, THREADS)
 
     packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
-    in_packed = packed < n_packed
-    own = tl.load(positions_ptr + row * n_queries + packed // GROUP, mask=in_packed, other=-1).to(tl.int32)  # [PACKED]
-    dim, width = tl.arange(0, DIM_PAD), (n_kv * GROUP + 2 * n_kv) * DIM
-    in_dim = dim < DIM
-    tokens, heads = row * n_queries + packed // GROUP, head * GROUP + packed % GROUP
-    query_first, query_second = _rotated(
-        qkv_ptr, waves_ptr, norm_ptr, tokens, heads, in_packed, width, eps, DIM, HALF_PAD
+    used = packed < n_packed
+    own = tl.load(positions_ptr + row * n_queries + packed // GROUP, mask=used, other=-1).to(tl.int32)  # [PACKED]
+    dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
+    new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
+    dims = dim, dim < DIM
+    queries = _rotated(new, row * n_queries + packed // GROUP, head * GROUP + packed % GROUP, used, DIM, HALF_PAD)
+    top, total, mixed = _walk(
+        new, cache, queries, own, positions, head, start, last, window, scale, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
     )
-    top = tl.full([PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([PACKED], tl.float32)
-    mixed = tl.zeros([PACKED, DIM_PAD], tl.float32)
-    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
-    for chunk in range(n_chunks):
-        begin = start + chunk * CHUNK
-        slots = begin + tl.arange(0, CHUNK)  # [CHUNK]
-        here = (positions >= begin) & (positions < begin + CHUNK)  # [QUERIES]
-        if tl.max(here.to(tl.int32)) > 0:
-            _write(
-                qkv_ptr,
-                waves_ptr,
-                norm_ptr,
-                keys_ptr,
-                values_ptr,
-                row * n_queries + query,
-                n_kv * GROUP + head,
-                positions,
-                here,
-                width,
-                n_kv,
-                eps,
-                DIM,
-                HALF_PAD,
-                DIM_PAD,
-            )
-            tl.debug_barrier()
-        key_first, key_second, value = _cached(keys_ptr, values_ptr, slots, slots <= last, DIM, HALF_PAD, DIM_PAD)
-
-        # Slots are the rows of the scores, so that the number of queries never changes the matrix instruction.
-        scores = tl.dot(key_first, tl.trans(query_first), input_precision="ieee")
-        scores = tl.dot(key_second, tl.trans(query_second), scores, input_precision="ieee") * scale  # [CHUNK, PACKED]
-        if CAP is not None:
-            scores = _capped(scores, CAP)
-        visible = slots[:, None] <= own[None, :]
-        if WINDOWED:
-            visible &= slots[:, None] > own[None, :] - window
-        scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - shift[None, :])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(weights, 0)
-        # Not values times weights: with two products of the wide kind ptxas 12.8 mixes up their operands' addresses.
-        mixed = tl.dot(tl.trans(weights.to(value.dtype)), value, mixed * fade[:, None], input_precision="ieee")
-        top = new_top
-
     place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
-    tl.store(stats_ptr + place * 2, top, mask=in_packed)
-    tl.store(stats_ptr + place * 2 + 1, total, mask=in_packed)
-    at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
-    tl.store(mixed_ptr + at, mixed, mask=in_packed[:, None] & in_dim[None, :])
+    _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
 
 
 @triton.jit(do_not_specialize=["n_queries", "window"])

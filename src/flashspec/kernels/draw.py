@@ -104,28 +104,16 @@ def _gumbel_race(
 
 
 @triton.jit
-def _race(
-    target,
-    floor,
-    draft_ptr,
-    draft_top,
-    draft_log2_total,
-    draft_token,
-    rejected,
-    seed,
-    position,
-    start,
-    steps,
-    vocab_size,
-):
+def _race(target, floor, draft_ptr, draft, rejected, seed, position, start, steps, vocab_size):
     """The winner of steps * STEP tokens in the race of max(0, p - q) after a rejection, of p otherwise, as one
     integer: score, then the token counted from the end, so that ties go to the lowest. A score of 0: nobody ran.
 
-    target: (pointer, largest logit, scale, log2 of the sum); floor, draft_ptr: None or as they are called; without
-    draft_ptr q is 1 at draft_token.
+    target: (pointer, largest logit, scale, log2 of the sum); draft: (largest logit, log2 of the sum, token); floor,
+    draft_ptr: None or as they are called; without draft_ptr q is 1 at draft's token.
     A lane's own leader is found by rough arrivals, and only leaders race exactly: two of one lane are
     within 1e-4 of each other in a draw out of a million, and it is the runner-up that is then drawn."""
     target_ptr, top, scale, log2_total = target
+    draft_top, draft_log2_total, draft_token = draft
     leader = tl.zeros([STEP], tl.float32)
     late = leader + 1.0
     drafts = tl.where(rejected, vocab_size, 0)  # tokens with a q
@@ -161,42 +149,15 @@ def _race(
 
 
 @triton.jit
-def _draw(
-    target,
-    floor,
-    draft_ptr,
-    draft_top,
-    draft_log2_total,
-    draft_token,
-    rejected,
-    seed,
-    position,
-    steps,
-    vocab_size,
-    state_ptr,
-    next_token_ptr,
-):
+def _draw(target, floor, draft_ptr, draft, rejected, seed, position, steps, vocab_size, state_ptr, next_token_ptr):
     """This program's slice of a row's race; the program that comes last writes the token. state: best so far, how many
     have come."""
     start = tl.program_id(0) * steps * STEP
-    key = _race(
-        target,
-        floor,
-        draft_ptr,
-        draft_top,
-        draft_log2_total,
-        draft_token,
-        rejected,
-        seed,
-        position,
-        start,
-        steps,
-        vocab_size,
-    )
+    key = _race(target, floor, draft_ptr, draft, rejected, seed, position, start, steps, vocab_size)
     tl.atomic_max(state_ptr, key, sem="relaxed")
     if tl.atomic_add(state_ptr + 1, tl.full([], 1, tl.int64), sem="acq_rel") == tl.num_programs(0) - 1:
         key = tl.atomic_max(state_ptr, tl.full([], 0, tl.int64), sem="relaxed")
         if (key >> 32) == 0:  # p = q up to rounding: a rejection that exact arithmetic cannot have
             all_steps = tl.cdiv(vocab_size, STEP)
-            key = _race(target, floor, None, 0.0, 0.0, -1, rejected, seed, position, 0, all_steps, vocab_size)
+            key = _race(target, floor, None, (0.0, 0.0, -1), rejected, seed, position, 0, all_steps, vocab_size)
         tl.store(next_token_ptr, 0x7FFFFFFF - (key & 0x7FFFFFFF))

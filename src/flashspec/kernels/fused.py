@@ -48,6 +48,91 @@ def _log_uniform(seed, position, POSITIONS: tl.constexpr):
     return tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
 
 
+@triton.jit
+def _row_at(logits, row, position):
+    """Where a position's logits begin. logits: as from `strided`."""
+    return logits[0] + row.to(tl.int64) * logits[1] + position.to(tl.int64) * logits[2]
+
+
+@triton.jit
+def _test(
+    table,
+    index,
+    within,
+    summary,
+    given,
+    draft,
+    gamma,
+    epsilon,
+    delta,
+    VARIANT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Whether the drafted tokens pass at a temperature, and the draft's maxima and sums (without a draft the target's):
+    three times [POSITIONS].
+
+    table: (pointer, elements a plane, tiles); summary: as from `_combine`; given: (tokens, temperature, heat, scale,
+    draft length, seed, length)."""
+    table_ptr, plane, n_tiles = table
+    top, total, _best, moment = summary
+    _token, temperature, heat, scale, draft_length, seed, length = given
+    POSITIONS: tl.constexpr = within.shape[0]
+    position = tl.arange(0, POSITIONS)
+    draft_top, draft_total = top, total
+    chosen = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
+    if VARIANT == "typical":
+        likely = tl.exp2((chosen - top) * scale) / total
+        passes = likely > tl.minimum(delta * tl.exp2(moment / total - tl.log2(total)), epsilon)
+    else:
+        log_ratio = tl.div_rn(chosen, heat) - tl.div_rn(top, heat) - tl.log(total)
+        if draft is not None:
+            index += gamma + 1
+            drafted = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
+            wanted = position < tl.where(temperature == 0, 0, draft_length)
+            draft_top, draft_total, _best, _moment = _combine(
+                table_ptr, plane, index, wanted, n_tiles, LOG2E, VARIANT, WIDTH, CHUNKS
+            )
+            log_ratio -= drafted - draft_top - tl.log(draft_total)
+        passes = _log_uniform(seed, length + position, POSITIONS) < log_ratio
+    return passes, draft_top, draft_total
+
+
+@triton.jit
+def _next_token(target, draft, floor, row, place, found, given, steps, vocab_size, ends, VARIANT: tl.constexpr):
+    """Write the token at the first place that did not pass: the best one, or one drawn together with other programs.
+
+    found: (the target's summary, the draft's maxima and sums); given: as in `_test`."""
+    summary, draft_summary = found
+    top, total, best, _moment = summary
+    draft_top, draft_total = draft_summary
+    state_ptr, next_token_ptr = ends
+    token, temperature, _heat, scale, draft_length, seed, length = given
+    position = tl.arange(0, token.shape[0])
+    draft_ptr = None
+    if draft is not None:
+        draft_ptr = _row_at(draft, row, place)
+    if (VARIANT == "coupled") | (VARIANT == "greedy") | (temperature == 0):
+        if tl.program_id(0) == 0:
+            tl.store(next_token_ptr + row, _at(best, position, place).to(tl.int64))
+    else:
+        target_ptr = _row_at(target, row, place)
+        highest, log2_total = _at(top, position, place), tl.log2(_at(total, position, place))
+        _draw(
+            (target_ptr, highest, scale, log2_total),
+            floor,
+            draft_ptr,
+            (_at(draft_top, position, place), tl.log2(_at(draft_total, position, place)), _at(token, position, place)),
+            place < (draft_length if VARIANT == "rejection" else 0),
+            seed,
+            length + place,
+            steps,
+            vocab_size,
+            state_ptr + 2 * row,
+            next_token_ptr + row,
+        )
+
+
 @triton.jit(do_not_specialize=["gamma", "n_tiles", "steps", "epsilon", "delta"])
 def _verdict_kernel(
     target,
@@ -86,60 +171,27 @@ def _verdict_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    top, total, best, moment = _combine(table_ptr, plane, index, present, n_tiles, scale, VARIANT, WIDTH, CHUNKS)
+    summary = _combine(table_ptr, plane, index, present, n_tiles, scale, VARIANT, WIDTH, CHUNKS)
+    top, total, best, _moment = summary
     finite = tl.abs(top) < float("inf")
     if VARIANT != "coupled":
         finite &= total == total
     passed = token == best
     draft_top, draft_total = top, total
+    table, given = (table_ptr, plane, n_tiles), (token, temperature, heat, scale, draft_length, seed, length)
     if (VARIANT == "rejection") | (VARIANT == "typical"):
-        chosen = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
-        if VARIANT == "typical":
-            likely = tl.exp2((chosen - top) * scale) / total
-            passes = likely > tl.minimum(delta * tl.exp2(moment / total - tl.log2(total)), epsilon)
-        else:
-            log_ratio = tl.div_rn(chosen, heat) - tl.div_rn(top, heat) - tl.log(total)
-            if draft is not None:
-                index += gamma + 1
-                drafted = tl.load(table_ptr + 4 * plane + index, mask=within, other=0.0)
-                wanted = position < tl.where(temperature == 0, 0, draft_length)
-                draft_top, draft_total, _best, _moment = _combine(
-                    table_ptr, plane, index, wanted, n_tiles, LOG2E, VARIANT, WIDTH, CHUNKS
-                )
-                log_ratio -= drafted - draft_top - tl.log(draft_total)
-            passes = _log_uniform(seed, length + position, POSITIONS) < log_ratio
+        passes, draft_top, draft_total = _test(
+            table, index, within, summary, given, draft, gamma, epsilon, delta, VARIANT, WIDTH, CHUNKS
+        )
         passed = tl.where(temperature == 0, passed, passes)
     passed &= (token >= 0) & (token < vocab_size) & finite & within
     num_accepted = tl.min(tl.where(passed, POSITIONS, position), 0)
     if item == 0:
         tl.store(num_accepted_ptr + row, num_accepted.to(tl.int64))
         tl.store(failed_ptr + row, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
-
     floor = tl.load(floors_ptr + row * (gamma + 1) + num_accepted) if floors_ptr is not None else None
-    draft_ptr = None
-    if draft is not None:
-        draft_ptr = draft[0] + row.to(tl.int64) * draft[1] + num_accepted.to(tl.int64) * draft[2]
-    if (VARIANT == "coupled") | (VARIANT == "greedy") | (temperature == 0):
-        if item == 0:
-            tl.store(next_token_ptr + row, _at(best, position, num_accepted).to(tl.int64))
-    else:
-        target_ptr = target[0] + row.to(tl.int64) * target[1] + num_accepted.to(tl.int64) * target[2]
-        highest, log2_total = _at(top, position, num_accepted), tl.log2(_at(total, position, num_accepted))
-        _draw(
-            (target_ptr, highest, scale, log2_total),
-            floor,
-            draft_ptr,
-            _at(draft_top, position, num_accepted),
-            tl.log2(_at(draft_total, position, num_accepted)),
-            _at(token, position, num_accepted),
-            num_accepted < (draft_length if VARIANT == "rejection" else 0),
-            seed,
-            length + num_accepted,
-            steps,
-            vocab_size,
-            state_ptr + 2 * row,
-            next_token_ptr + row,
-        )
+    found, ends = (summary, (draft_top, draft_total)), (state_ptr, next_token_ptr)
+    _next_token(target, draft, floor, row, num_accepted, found, given, steps, vocab_size, ends, VARIANT)
 
 
 class Plan(NamedTuple):

@@ -37,12 +37,87 @@ def ask_ahead(start_ptr, piece):
 
 
 @triton.jit
+def _ask_weights(weight_ptr, up_ptr, line_at, piece, PIECES: tl.constexpr, GATED: tl.constexpr):
+    """Ask for the first PIECES pieces of every line, and of its twin in the second half."""
+    width = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    piece_at = line_at[:, None] + tl.arange(0, PIECES)[None, :] * (piece // width)
+    ask_ahead(weight_ptr + piece_at, piece)
+    if GATED:
+        ask_ahead(up_ptr + piece_at, piece)
+
+
+@triton.jit
+def _weights(weight_ptr, inside, EVEN: tl.constexpr):
+    """A tile [rows, DEPTH], zeros where the depth has ended."""
+    return tl.load(weight_ptr) if EVEN else tl.load(weight_ptr, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
 def _join(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRANDS: tl.constexpr):
     """The sum of the blocks on the diagonal, [ROWS, TOKENS]."""
     line, column = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS)
     acc = tl.where((line // ROWS)[:, None] == (column // TOKENS)[None, :], acc, 0.0)
     acc = tl.sum(tl.reshape(acc, [ROWS * STRANDS, STRANDS, TOKENS]), 1)
     return tl.sum(tl.reshape(acc, [STRANDS, ROWS, TOKENS]), 0)
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    weight_ptr,
+    M,
+    N,
+    K,
+    strand_length,
+    piece,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRANDS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    THREADS: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """This program's rows times the tokens, and if GATED its rows of the second half too: float32 [ROWS, TOKENS] each.
+    Weights are asked for before the inputs are waited for."""
+    # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
+    # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
+    line, column, depth = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
+    line_row = tl.minimum(tl.program_id(0) * ROWS + line % ROWS, N - 1).to(tl.int64)
+    line_at = line_row * K + line // ROWS * strand_length  # [ROWS * STRANDS]
+    weight_at = line_at[:, None] + depth[None, :]  # [ROWS * STRANDS, DEPTH]
+    x_at = (column % TOKENS * K + column // TOKENS * strand_length)[None, :] + depth[:, None]  # [DEPTH, columns]
+    in_columns = (column % TOKENS < M)[None, :]
+    up_ptr = weight_ptr + N.to(tl.int64) * K
+    if OVERLAP:
+        _ask_weights(weight_ptr, up_ptr, line_at, piece, THREADS // (ROWS * STRANDS), GATED)
+        gdc_wait()
+        gdc_launch_dependents()
+
+    acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
+    acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
+    for start in range(0, strand_length, DEPTH):
+        inside = start + depth < strand_length
+        x = tl.load(x_ptr + x_at + start, mask=in_columns if EVEN else in_columns & inside[:, None], other=0.0)
+        acc = tl.dot(_weights(weight_ptr + weight_at + start, inside, EVEN), x, acc, input_precision="ieee")
+        if GATED:
+            acc_up = tl.dot(_weights(up_ptr + weight_at + start, inside, EVEN), x, acc_up, input_precision="ieee")
+
+    if STRANDS > 1:
+        acc = _join(acc, ROWS, TOKENS, STRANDS)
+        if GATED:
+            acc_up = _join(acc_up, ROWS, TOKENS, STRANDS)
+    return acc, acc_up
+
+
+@triton.jit
+def _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES: tl.constexpr):
+    """What RMS normalisation multiplies a token's inputs, and so its outputs, with: [TOKENS]."""
+    part = tl.arange(0, SQUARES)
+    kept = in_tokens[:, None] & (part < n_squares)[None, :]
+    squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
+    return tl.rsqrt(tl.sum(squares, 1) / K + eps)
 
 
 @triton.jit(do_not_specialize=["M", "n_squares", "piece"])
@@ -78,51 +153,11 @@ def _linear_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     tokens = tl.arange(0, TOKENS)  # [TOKENS]
     in_rows, in_tokens = rows < N, tokens < M
-    # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
-    # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
-    line, column, depth = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
-    line_row = tl.minimum(tl.program_id(0) * ROWS + line % ROWS, N - 1).to(tl.int64)
-    line_at = line_row * K + line // ROWS * strand_length  # [ROWS * STRANDS]
-    weight_at = line_at[:, None] + depth[None, :]  # [ROWS * STRANDS, DEPTH]
-    x_at = (column % TOKENS * K + column // TOKENS * strand_length)[None, :] + depth[:, None]  # [DEPTH, columns]
-    in_columns = (column % TOKENS < M)[None, :]
-    up_ptr = weight_ptr + N.to(tl.int64) * K
-    if OVERLAP:
-        width = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-        piece_at = line_at[:, None] + tl.arange(0, THREADS // (ROWS * STRANDS))[None, :] * (piece // width)
-        ask_ahead(weight_ptr + piece_at, piece)
-        if GATED:
-            ask_ahead(up_ptr + piece_at, piece)
-        gdc_wait()
-        gdc_launch_dependents()
-
-    acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
-    acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
-    for start in range(0, strand_length, DEPTH):
-        if EVEN:
-            x = tl.load(x_ptr + x_at + start, mask=in_columns, other=0.0)
-            weight = tl.load(weight_ptr + weight_at + start)
-        else:
-            inside = start + depth < strand_length
-            x = tl.load(x_ptr + x_at + start, mask=in_columns & inside[:, None], other=0.0)
-            weight = tl.load(weight_ptr + weight_at + start, mask=inside[None, :], other=0.0)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
-        if GATED:
-            if EVEN:
-                up = tl.load(up_ptr + weight_at + start)
-            else:
-                up = tl.load(up_ptr + weight_at + start, mask=inside[None, :], other=0.0)
-            acc_up = tl.dot(up, x, acc_up, input_precision="ieee")
-
-    if STRANDS > 1:
-        acc = _join(acc, ROWS, TOKENS, STRANDS)
-        if GATED:
-            acc_up = _join(acc_up, ROWS, TOKENS, STRANDS)
+    acc, acc_up = _products(
+        x_ptr, weight_ptr, M, N, K, strand_length, piece, TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP
+    )
     if SQUARES:
-        part = tl.arange(0, SQUARES)
-        kept = in_tokens[:, None] & (part < n_squares)[None, :]
-        squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
+        scale = _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES)[None, :]
         acc = acc * scale
         if GATED:
             acc_up = acc_up * scale
