@@ -20,6 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
+# Bytes of weights from which on the next launch waits for the last loads: an 8B step 3 % less, at 135M it would be 20 more.
+LATE = 32 << 20
 LEAST_TOKENS = 16
 
 
@@ -78,6 +80,7 @@ def _products(
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """This program's rows times the tokens, and if GATED its rows of the second half too: float32 [ROWS, TOKENS] each.
     Weights are asked for before the inputs are waited for."""
@@ -93,7 +96,8 @@ def _products(
     if OVERLAP:
         _ask_weights(weight_ptr, up_ptr, line_at, piece, THREADS // (ROWS * STRANDS), GATED)
         gdc_wait()
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_launch_dependents()
 
     acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
     acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
@@ -104,6 +108,8 @@ def _products(
         if GATED:
             acc_up = tl.dot(_weights(up_ptr + weight_at + start, inside, EVEN), x, acc_up, input_precision="ieee")
 
+    if OVERLAP and LATE:
+        gdc_launch_dependents()
     if STRANDS > 1:
         acc = _join(acc, ROWS, TOKENS, STRANDS)
         if GATED:
@@ -149,12 +155,28 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr,
     ADDS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     tokens = tl.arange(0, TOKENS)  # [TOKENS]
     in_rows, in_tokens = rows < N, tokens < M
     acc, acc_up = _products(
-        x_ptr, weight_ptr, M, N, K, strand_length, piece, TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP
+        x_ptr,
+        weight_ptr,
+        M,
+        N,
+        K,
+        strand_length,
+        piece,
+        TOKENS,
+        ROWS,
+        STRANDS,
+        DEPTH,
+        THREADS,
+        EVEN,
+        GATED,
+        OVERLAP,
+        LATE,
     )
     if SQUARES:
         scale = _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES)[None, :]
@@ -266,6 +288,7 @@ def _launch(
             GATED=gated,
             HAS_BIAS=bias is not None,
             ADDS=hidden is not None,
+            LATE=weight.nbytes >= LATE,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
             **overlapped(x.device),
