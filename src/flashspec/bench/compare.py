@@ -87,18 +87,18 @@ def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
 
 
 def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    values = old.get(name), new.get(name)
-    return (
-        f"{'answers a row' if name == 'n' else name}, {values[0]} and {values[1]}" if values[0] != values[1] else None
-    )
+    before, after = old.get(name), new.get(name)
+    return None if before == after else f"{'answers a row' if name == 'n' else name}, {before} and {after}"
 
 
 def _is_compared(figure: Column, row: dict[str, Any], same_hardware: bool, sampled: bool) -> bool:
-    """Sampled texts differ by chance. A selector's choices follow the clock, and what it accepts follows them."""
+    """Sampled texts differ by chance, and transformers' are its own. A selector's choices follow the clock, and what it
+    accepts follows them."""
     if figure.role == "length":
         return ":" in row["method"]
-    absolute = figure.role in ("speed", "time") and same_hardware
-    return absolute or figure.role == "ratio" or (figure.role == "share" and not sampled)
+    if figure.role == "share":
+        return not sampled and not row["method"].startswith("hf-")
+    return figure.role == "ratio" or (figure.role in ("speed", "time") and same_hardware)
 
 
 def _read(path: Path) -> Result:

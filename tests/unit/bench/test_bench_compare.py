@@ -59,10 +59,13 @@ def texts(method: str, plain: float, float32: float, length: float) -> dict[str,
 
 
 def test_a_text_that_is_no_longer_the_same_fell_however_rare(tmp_path: Path) -> None:
-    old = write(tmp_path / "old.json", [texts("auto", 1.0, 0.5, 3.0)])
-    new = write(tmp_path / "new.json", [texts("auto", 0.99, 0.0, 3.0)], OTHER)
+    old = write(tmp_path / "old.json", [texts(method, 1.0, 0.5, 3.0) for method in ("auto", "hf-bfloat16")])
+    new = write(tmp_path / "new.json", [texts(method, 0.99, 0.0, 3.0) for method in ("auto", "hf-bfloat16")], OTHER)
     found = compare(old, new, 0.05).regressions
-    assert [(change.figure, change.new) for change in found] == [("same text", 0.0), ("same as plain", 0.99)]
+    assert [(change.row, change.figure) for change in found] == [
+        ("set auto 1", "same text"),
+        ("set auto 1", "same as plain"),
+    ]
     hot = {"settings": {"temperature": 0.7}}
     old, new = (write(path, json.loads(path.read_text())["rows"], **hot) for path in (old, new))
     assert not compare(old, new).regressions  # sampled texts need not be the same
