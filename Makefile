@@ -21,6 +21,8 @@ test: $(STAMP)
 
 # On a machine with a GPU, in an environment whose torch has CUDA: make test-gpu TORCH=torch
 test-gpu: $(STAMP)
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or \
+		sys.exit(f'make test-gpu needs a CUDA device, and torch {torch.__version__} finds none here')"
 	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP)

@@ -1,8 +1,8 @@
 """The result files of one GPU: python benchmarks/measure_gpu.py MODEL PROMPTS OUTPUT [--head FOLDER ...] [--parts a,b].
 
 MODEL: SmolLM2's GGUF. PROMPTS: a folder with mt_bench.jsonl, humaneval.jsonl and alpaca.jsonl. OUTPUT: a folder for the
-files. A head adds the arms of its kind; without any the parts called heads-* are left out. A part that fails
-says so, and the others still run."""
+files. A head adds the arms of its kind; without any they are those that come with the package. A part that fails says
+so, and the others still run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flashspec.drafters.heads import head_kind
 
 SETS = ("mt_bench", "humaneval", "alpaca")
 LOOKUPS = ["plain", "ngram:4", "suffix:15", "early-exit:2", "auto"]
+SHIPPED = ["eagle3", "medusa"]
 HEADS = {"medusa": ["medusa:4"], "eagle3": ["eagle3:4", "eagle3:6"], "tiny": ["tiny:4"]}
 SELECTORS = ["ucb1@arms", "thompson@arms", "auto@arms"]  # all over the same arms
 TRANSFORMERS = ["hf-bfloat16", "hf-compiled", "hf-lookup", "hf-assisted"]
@@ -31,7 +32,8 @@ CONSOLE = Console(width=170)
 
 
 def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit: int) -> dict[str, Callable[[], Any]]:
-    """What can be measured, by name. limit: prompts a set."""
+    """What can be measured, by name. heads: folders, or kinds of heads in the package. limit: prompts a set."""
+    arms = [arm for head in heads for arm in HEADS[head_kind(head) or head]]
     sets = [prompts / f"{name}.jsonl" for name in SETS]
     gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
 
@@ -54,14 +56,17 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         return text(name, ["hf-compiled", *LOOKUPS], ["suffix", "ngram"], **options)
 
     def headline(name: str, **options: Any) -> Any:
-        arms = [arm for head in heads for arm in HEADS[head_kind(head) or ""]]
         return text(name, ["plain", *arms, "ngram:4", "suffix:15", *SELECTORS], ["suffix", "ngram", *heads], **options)
 
     def stepping(name: str, shape: str, plan: Plan, **options: Any) -> Any:
         out = output / f"{name}-{gpu}.json"
         return steps.run(shape=shape, random=True, device="cuda", output=out, plan=plan, **options)
 
-    parts: dict[str, Callable[[], Any]] = {
+    def drafting(name: str, **options: Any) -> Any:
+        out, plan = output / f"{name}-{gpu}.json", Plan(widths=[1], arms=["plain", *arms])
+        return steps.run(model, drafters=heads, device="cuda", dtype="bfloat16", output=out, plan=plan, **options)
+
+    return {
         "text-8b": lambda: lookups("text-8b", shape="8b"),
         "text-135m": lambda: lookups("text-135m"),
         "text-8b-t07": lambda: lookups("text-8b-t07", shape="8b", temperature=0.7),
@@ -73,6 +78,8 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         "steps-8b": lambda: stepping("steps-8b", "8b", Plan(drafter_sizes=SIZES, baselines=BASELINES[:2])),
         "steps-1b": lambda: stepping("steps-1b", "1b", Plan(baselines=BASELINES[:2])),
         "steps-135m": lambda: stepping("steps-135m", "135m", Plan(baselines=BASELINES[:2])),
+        "steps-heads-8b": lambda: drafting("steps-heads-8b", shape="8b"),
+        "steps-heads-135m": lambda: drafting("steps-heads-135m"),
         "kernels": lambda: kernels.run(output / f"kernels-{gpu}.json", calls=5),
         "batches-8b": lambda: text(
             "batches-8b",
@@ -99,7 +106,6 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         ),
         "steps-70b": lambda: stepping("steps-70b", "70b", Plan(widths=[1, 5], arms=["plain"]), calls=1, new_tokens=32),
     }
-    return {name: part for name, part in parts.items() if heads or not name.startswith("heads")}
 
 
 def main() -> None:
@@ -107,11 +113,11 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("prompts", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--head", action="append", default=[], help="folder of a head for the model")
+    parser.add_argument("--head", action="append", default=[], help="folder of a head, or a kind in the package")
     parser.add_argument("--parts", default="", help="names, in their order; all if empty")
     parser.add_argument("--limit", type=int, default=6, help="prompts a set")
     options = parser.parse_args()
-    parts = make_parts(options.model, options.prompts, options.output, options.head, options.limit)
+    parts = make_parts(options.model, options.prompts, options.output, options.head or SHIPPED, options.limit)
     for name in options.parts.split(",") if options.parts else parts:
         began = time.perf_counter()
         try:

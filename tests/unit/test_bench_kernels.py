@@ -1,7 +1,7 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,27 +81,66 @@ def test_attention_reads_keys_and_values_once() -> None:
     assert case.ours(0).shape == (9, 64) and case.baselines["pytorch"](0).shape == (3, 4, 3, 16)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pytorch_attends_to_what_it_should(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, asked = torch.nn.functional.scaled_dot_product_attention, list[Any]()
+
+    def noted(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append((*tensors, options["attn_mask"]))
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    (case,) = FAMILIES["attention"](replace(GRID, tokens=[tokens]))
+    found = case.baselines["pytorch"](0)
+    queries, keys, values, mask = asked[0]
+    assert (mask is None) == (tokens == 1)
+    visible = torch.arange(32) <= torch.arange(32 - tokens, 32)[:, None]
+    torch.testing.assert_close(found, attend(queries, keys, values, attn_mask=visible, enable_gqa=True))
+
+
 def test_weights_are_cold_for_everyone() -> None:
     case = next(FAMILIES["product"](GRID))
     row = kernels.measure(case, 1e9, timer([]), timer([4.0, 6.0]))
     assert (row["microseconds"], row["cold_microseconds"], row["speedup_vs_pytorch"]) == (4.0, 4.0, 1.5)
 
 
+class Sampling:
+    """As much of `flashinfer.sampling` 0.6 as is called: its arguments, their shapes and dtypes."""
+
+    @staticmethod
+    def softmax(logits: torch.Tensor, temperature: torch.Tensor | None = None) -> torch.Tensor:
+        assert logits.dim() == 2 and (temperature is None or temperature.shape == logits.shape[:1])
+        return (logits.float() / (1.0 if temperature is None else temperature[:, None])).softmax(-1)
+
+    @staticmethod
+    def chain_speculative_sampling(
+        draft_probs: torch.Tensor,
+        draft_token_ids: torch.Tensor,
+        target_probs: torch.Tensor,
+        *,
+        seed: torch.Tensor,
+        offset: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        batch_size, gamma = draft_token_ids.shape
+        assert draft_token_ids.dtype == torch.int32 and seed.dtype == offset.dtype == torch.int64
+        assert seed.shape == offset.shape == (batch_size,)
+        assert (draft_probs.shape[:2], target_probs.shape[:2]) == ((batch_size, gamma), (batch_size, gamma + 1))
+        return draft_probs, target_probs
+
+
 def test_flashinfer_is_measured_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "find_spec", lambda name: name)
-    sampling = SimpleNamespace(chain_speculative_sampling=lambda *arguments: arguments)
-    monkeypatch.setattr(cases, "import_module", lambda name: sampling)
+    monkeypatch.setattr(cases, "import_module", lambda name: Sampling)
     (case,) = FAMILIES["verify_logits"](GRID)
     row = kernels.measure(case, 1e9, timer([4.0, 20.0, 8.0]), timer([6.0]))
     assert (row["flashinfer_microseconds"], row["speedup_vs_flashinfer"]) == (8.0, 2.0)
 
 
-def test_flashinfer_takes_probabilities_of_both() -> None:
+def test_flashinfer_takes_the_same_probabilities_as_pytorch() -> None:
     inputs = cases.verification_inputs(SHAPE, torch.bfloat16, "cpu", 0)
-    draft, ids, target = cases.flashinfer_verify(lambda *arguments: arguments, inputs)
-    assert ids.dtype == torch.int32
-    for probs in (draft, target):
-        torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
+    draft, target = cases.flashinfer_verify(Sampling, cases.flashinfer_inputs(inputs))
+    expected = (inputs.target_logits.float() / inputs.temperature[:, None, None]).softmax(-1)
+    torch.testing.assert_close((draft, target), (inputs.draft_weights.float().softmax(-1), expected))
 
 
 def test_the_baseline_verifies_as_we_do() -> None:

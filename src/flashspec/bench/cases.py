@@ -77,8 +77,9 @@ def _verify_logits(shape: tuple[int, int, int], dtype: torch.dtype, grid: Grid) 
     inputs = [verification_inputs(shape, dtype, grid.device, seed) for seed in range(sets(n_bytes))]
     baselines: dict[str, Call] = {"pytorch": lambda index: pytorch_verify(inputs[index])}
     if find_spec("flashinfer") is not None:
-        chain = import_module("flashinfer.sampling").chain_speculative_sampling
-        baselines["flashinfer"] = lambda index: flashinfer_verify(chain, inputs[index])
+        sampling = import_module("flashinfer.sampling")
+        taken = [flashinfer_inputs(one) for one in inputs]
+        baselines["flashinfer"] = lambda index: flashinfer_verify(sampling, taken[index])
     names = verification_names(shape, dtype)
     return Case(
         kernel="verify_logits",
@@ -120,7 +121,8 @@ def _product(shape: Shape, name: str, rows: int, columns: int, tokens: int, grid
 
 
 def _attention(shape: Shape, batch_size: int, tokens: int, grid: Grid) -> Case:
-    """Ours normalises nothing here, but rotates and writes the new keys and values; PyTorch only attends."""
+    """Ours normalises nothing here, but rotates and writes the new keys and values; PyTorch only attends, and gets a
+    mask only where something is hidden, as its fastest kernels take none. bytes are the cache's alone."""
     filler = Filler(torch.bfloat16, torch.device(grid.device), 0)
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     n_bytes = 2 * batch_size * kv_heads * grid.context * dim * torch.bfloat16.itemsize
@@ -130,7 +132,7 @@ def _attention(shape: Shape, batch_size: int, tokens: int, grid: Grid) -> Case:
     waves = torch.ones(batch_size * tokens, 2, dim // 2, device=filler.device)
     places = torch.arange(grid.context - tokens, grid.context, device=filler.device)  # (Q,)
     positions = places.expand(batch_size, -1).contiguous()
-    mask = torch.arange(grid.context, device=filler.device) <= places[:, None]  # (Q, context)
+    mask = torch.arange(grid.context, device=filler.device) <= places[:, None] if tokens > 1 else None  # (Q, context)
     attend = _decoder_kernels(filler.device)[1]
     return Case(
         kernel="attention",
@@ -218,6 +220,28 @@ def pytorch_verify(inputs: Verification) -> tuple[Tensor, Tensor]:
     return num_accepted, (residual / torch.empty_like(residual).exponential_()).argmax(-1)
 
 
-def flashinfer_verify(chain: Callable[..., Any], inputs: Verification) -> Any:
-    target_probs = (inputs.target_logits.float() / inputs.temperature[:, None, None]).softmax(-1)
-    return chain(inputs.draft_weights.float().softmax(-1), inputs.draft_token_ids.int(), target_probs)
+class Chain(NamedTuple):
+    """A verification as FlashInfer takes it; seeds and offsets on the device, as graphs need them."""
+
+    target_logits: Tensor  # (B * (γ + 1), V)
+    temperature: Tensor  # (B * (γ + 1),)
+    draft_logits: Tensor  # (B * γ, V)
+    draft_token_ids: Tensor  # (B, γ) int32
+    seeds: Tensor  # (B,) int64
+    offsets: Tensor  # (B,) int64
+
+
+def flashinfer_inputs(inputs: Verification) -> Chain:
+    target, draft = inputs.target_logits.flatten(0, 1), inputs.draft_weights.flatten(0, 1)
+    temperature = inputs.temperature.repeat_interleave(inputs.target_logits.shape[1])
+    return Chain(target, temperature, draft, inputs.draft_token_ids.int(), inputs.seeds, inputs.lengths)
+
+
+def flashinfer_verify(sampling: Any, inputs: Chain) -> Any:
+    """Its own softmax twice, and its chain of rejections."""
+    batch_size, gamma = inputs.draft_token_ids.shape
+    draft_probs = sampling.softmax(inputs.draft_logits).view(batch_size, gamma, -1)
+    target_probs = sampling.softmax(inputs.target_logits, inputs.temperature).view(batch_size, gamma + 1, -1)
+    return sampling.chain_speculative_sampling(
+        draft_probs, inputs.draft_token_ids, target_probs, seed=inputs.seeds, offset=inputs.offsets
+    )

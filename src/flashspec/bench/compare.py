@@ -14,70 +14,91 @@ from flashspec.core import FlashSpecError
 from flashspec.models.checkpoint import read_json
 
 Key = tuple[Any, ...]
+SETTINGS = ("target", "dtype", "temperature", "max_new_tokens", "context")  # that decide the figures
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """ratio: new over old in speed, so below 1 is slower."""
+    """ratio: new over old, of times old over new, so below 1 is worse. tolerance: how far below is none."""
 
     row: str
     figure: str
     old: float
     new: float
     ratio: float
+    tolerance: float
+
+    @property
+    def fell(self) -> bool:
+        return self.ratio < 1 - self.tolerance
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """unmatched: rows of only one of the files. same_hardware: whether absolute figures were compared, too."""
+    """missing: rows that the new file lacks. same_hardware: whether absolute figures were compared, too."""
 
     changes: list[Change]
-    unmatched: int
+    missing: list[str]
     same_hardware: bool
-    tolerance: float
 
     @property
     def regressions(self) -> list[Change]:
-        return [change for change in self.changes if change.ratio < 1 - self.tolerance]
+        return [change for change in self.changes if change.fell]
 
     def table(self) -> Table:
         place = "the same hardware" if self.same_hardware else "different hardware, ratios within each run only"
-        found = Table(title=f"{place}; {self.unmatched} rows are in one file only", box=SIMPLE_HEAD)
-        for heading in ("row", "figure", "old", "new", "new / old in speed"):
+        missing = f"not in the new file: {', '.join(self.missing)}" if self.missing else None
+        found = Table(title=place, caption=missing, box=SIMPLE_HEAD)
+        for heading in ("row", "figure", "old", "new", "new / old, of times old / new"):
             found.add_column(heading, justify="left" if heading in ("row", "figure") else "right")
         for change in self.changes:
-            slower = change in self.regressions
-            ratio = f"{change.ratio:.3f}" + (" slower" if slower else "")
+            ratio = f"{change.ratio:.3f}" + (" fell" if change.fell else "")
             old, new = f"{change.old:.4g}", f"{change.new:.4g}"
-            found.add_row(change.row, change.figure, old, new, ratio, style="red" if slower else None)
+            found.add_row(change.row, change.figure, old, new, ratio, style="red" if change.fell else None)
         return found
 
 
 def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
-    """FlashSpecError where the files are no results, of different benchmarks, or have no row in common."""
+    """tolerance: how far a figure may fall; shares of the same text may not. FlashSpecError where the files are no
+    results, of different benchmarks, settings or prompts, or have no row in common."""
     before, after = _read(old), _read(new)
     kind = kind_of(before)
     if kind != kind_of(after):
         raise FlashSpecError(f"{old} holds {kind} and {new} holds {kind_of(after)}: compare results of one benchmark")
-    targets = [result.get("settings", {}).get("target") for result in (before, after)]
-    if targets[0] != targets[1]:
-        raise FlashSpecError(
-            f"{old} measures {targets[0]} and {new} measures {targets[1]}: compare results of one target"
-        )
     names = [column.key for column in COLUMNS[kind] if column.role == NAME]
     old_rows, new_rows = _by_name(before, names), _by_name(after, names)
     common = [key for key in old_rows if key in new_rows]
+    differences = [_difference(name, *(result.get("settings", {}) for result in (before, after))) for name in SETTINGS]
+    differences += [_difference("n", old_rows[key], new_rows[key]) for key in common]
+    if found := next(filter(None, differences), None):
+        raise FlashSpecError(f"{old} and {new} differ in {found}: compare results of the same settings")
     if not common:
         raise FlashSpecError(f"{old} and {new} have no row in common: rows are told apart by {', '.join(names)}")
     same = _same_hardware(before, after)
-    figures = [
-        column for column in COLUMNS[kind] if column.role == "ratio" or (same and column.role in ("speed", "time"))
-    ]
+    sampled = bool(before.get("settings", {}).get("temperature"))
     changes = [
-        change for key in common for figure in figures if (change := _change(key, figure, old_rows[key], new_rows[key]))
+        change
+        for key in common
+        for figure in COLUMNS[kind]
+        if _is_compared(figure, old_rows[key], same, sampled)
+        and (change := _change(key, figure, old_rows[key], new_rows[key], tolerance))
     ]
-    unmatched = len(old_rows) + len(new_rows) - 2 * len(common)
-    return Comparison(changes, unmatched, same, tolerance)
+    return Comparison(changes, [_label(key) for key in old_rows if key not in new_rows], same)
+
+
+def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    before, after = old.get(name), new.get(name)
+    return None if before == after else f"{'answers a row' if name == 'n' else name}, {before} and {after}"
+
+
+def _is_compared(figure: Column, row: dict[str, Any], same_hardware: bool, sampled: bool) -> bool:
+    """Sampled texts differ by chance, and transformers' are its own. A selector's choices follow the clock, and what it
+    accepts follows them."""
+    if figure.role == "length":
+        return ":" in row["method"]
+    if figure.role == "share":
+        return not sampled and not row["method"].startswith("hf-")
+    return figure.role == "ratio" or (figure.role in ("speed", "time") and same_hardware)
 
 
 def _read(path: Path) -> Result:
@@ -100,9 +121,13 @@ def _same_hardware(old: Result, new: Result) -> bool:
     return all(sides[0].get(field) == sides[1].get(field) for field in ("gpu", "cpu", "threads"))
 
 
-def _change(key: Key, figure: Column, old: dict[str, Any], new: dict[str, Any]) -> Change | None:
+def _change(key: Key, figure: Column, old: dict[str, Any], new: dict[str, Any], tolerance: float) -> Change | None:
     before, after = old.get(figure.key), new.get(figure.key)
-    if not before or not after:
+    if not before or after is None or (figure.role == "time" and not after):
         return None
     ratio = before / after if figure.role == "time" else after / before
-    return Change(" ".join(str(part) for part in key if part is not None), figure.heading, before, after, ratio)
+    return Change(_label(key), figure.heading, before, after, ratio, 0.0 if figure.role == "share" else tolerance)
+
+
+def _label(key: Key) -> str:
+    return " ".join(str(part) for part in key if part is not None)

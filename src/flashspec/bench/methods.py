@@ -18,8 +18,9 @@ from flashspec.config import BanditConfig, FlashSpecConfig, SamplingConfig
 from flashspec.core import Arm, FlashSpecError, StepRecord
 from flashspec.drafters import Drafter, list_drafters
 from flashspec.drafters.heads import head_kind, is_head
+from flashspec.drafters.shipped import shipped_heads
 from flashspec.engine import SpeculativeEngine
-from flashspec.engine.arms import default_drafters, make_drafter
+from flashspec.engine.arms import BEST_HEADS, default_drafters, make_drafter
 from flashspec.models.base import LanguageModel
 from flashspec.models.loading import LoadedModel, hf_reference, load_model
 
@@ -51,7 +52,7 @@ Method = Callable[[list[list[int]]], Take]  # a batch of prompt ids in
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every method of a run shares. drafters: as they were named. made: those that are no registered names, by the
+    """What every method of a run shares. drafters: as they were named. made: the models and heads among them, by the
     name. reference: the target as a transformers model in some dtype. room: tokens that the longest prompt and its
     answer take. arms: the methods of the run that are single arms."""
 
@@ -84,9 +85,8 @@ class Setup:
             drafters = default_drafters(loaded.model) if drafters is None else drafters
             setup = cls.of(loaded, drafters, device, dtype, cache(lambda kind: hf_reference(target, kind).to(device)))
         else:
-            heads = [name for name in drafters or () if is_head(name)]
-            loaded, made = widened_model(target, shape, device, dtype, heads)
-            drafters = default_drafters(loaded.model) if drafters is None else drafters
+            loaded, made = widened_model(target, shape, device, dtype, BEST_HEADS if drafters is None else drafters)
+            drafters = [*default_drafters(loaded.model), *made] if drafters is None else drafters
             setup = cls.of(loaded, drafters, device, dtype, made=made)
         return replace(setup, max_new_tokens=max_new_tokens, temperature=temperature)
 
@@ -101,9 +101,9 @@ class Setup:
         made: Mapping[str, Drafter] | None = None,
     ) -> Setup:
         """Around a target that is there, and drafters that may be."""
-        ready = dict(made or {})
+        ready, shipped = dict(made or {}), shipped_heads(loaded.model)
         for name in drafters:
-            if name not in ready and (name not in list_drafters() or is_head(name)):
+            if name not in ready and (name not in list_drafters() or name in shipped or is_head(name)):
                 ready[name] = make_drafter(name, loaded.model, partial(_load, device=device, dtype=dtype))
         reference = reference or cache(partial(llama_twin, loaded.model))
         return cls(tuple(drafters), ready, loaded, reference, device, dtype)

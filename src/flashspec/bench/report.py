@@ -15,7 +15,7 @@ from rich.table import Table
 from flashspec.bench import plots
 
 Result = dict[str, Any]  # {"kind", "provenance", "settings", "rows"}
-Role = Literal["name", "speed", "time", "ratio", "note"]
+Role = Literal["name", "speed", "time", "ratio", "length", "share", "note"]
 NAME: Role = "name"
 MOST_POSITIONS = 5  # of a draft, in a table; files hold them all
 
@@ -23,7 +23,8 @@ MOST_POSITIONS = 5  # of a draft, in a table; files hold them all
 @dataclass(frozen=True, slots=True)
 class Column:
     """key: of a row. role: a name tells rows apart; a speed is better when it grows, a time when it falls, both on one
-    machine only; a ratio within one run is better when it grows, on any machine; a note is not compared."""
+    machine only; a ratio within one run, a length in tokens and a share of answers are better when they grow, on any
+    machine; a note is not compared."""
 
     key: str
     heading: str
@@ -41,12 +42,12 @@ COLUMNS = {
         _name("method"),
         _name("batch_size", "batch"),
         Column("tokens_per_second", "tokens/s", "{:.1f}", "speed"),
-        Column("acceptance_length", "tokens per forward", "{:.2f}", "note"),
+        Column("acceptance_length", "tokens per forward", "{:.2f}", "length"),
         Column("acceptance_per_position", "accepted by position", "{:.2f}", "note"),
         Column("speedup_vs_plain", "vs plain", "{:.2f}x", "ratio"),
         Column("speedup_vs_hf", "vs hf", "{:.2f}x", "ratio"),
-        Column("same_text_as_hf_float32", "same text", "{:.0%}", "note"),
-        Column("same_text_as_plain", "same as plain", "{:.0%}", "note"),
+        Column("same_text_as_hf_float32", "same text", "{:.0%}", "share"),
+        Column("same_text_as_plain", "same as plain", "{:.0%}", "share"),
     ),
     "kernels": (
         _name("kernel"),

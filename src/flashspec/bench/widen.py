@@ -19,9 +19,10 @@ from flashspec.bench.shapes import Filler, Shape, find_shape
 from flashspec.core import FlashSpecError
 from flashspec.drafters import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
-from flashspec.drafters.heads import load_head
+from flashspec.drafters.heads import is_head, load_head
 from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
+from flashspec.drafters.shipped import shipped_heads
 from flashspec.models.base import Vocabulary
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
 from flashspec.models.loading import LoadedModel, load_model
@@ -45,10 +46,10 @@ def widen(
 
 
 def widened_model(
-    source: str, shape: str, device: str, dtype: str, heads: Sequence[str] = ()
+    source: str, shape: str, device: str, dtype: str, drafters: Sequence[str] = ()
 ) -> tuple[LoadedModel, dict[str, Drafter]]:
-    """The named small model, tokenizer and all, widened to the named shape; its name says so. With it the heads in
-    these folders, which were made for the small model, by folder."""
+    """The named small model, tokenizer and all, widened to the named shape; its name says so. With it those drafters,
+    by their names, that are heads of the small model: folders, or kinds that come with the package for it."""
     place = torch.device(device)
     # On a CPU a float32 model would be packed for the native kernel; bfloat16 weights can be read.
     loaded = load_model(source, device=device, dtype="bfloat16" if place.type == "cpu" else dtype)
@@ -58,8 +59,14 @@ def widened_model(
     kind = small.dtype if dtype == "auto" else getattr(torch, dtype)
     wanted = find_shape(shape)
     wide = Decoder(*widen(small.config, small.weights, wanted, kind, place))
-    found = {folder: widen_head(load_head(Path(folder), small, folder), small, wide, wanted) for folder in heads}
-    return replace(loaded, model=wide, name=label(wanted, wide.config, loaded.name)), found
+    shipped = shipped_heads(small)
+    folders = {name: Path(name) if is_head(name) else shipped.get(name) for name in drafters}
+    heads = {
+        name: widen_head(load_head(folder.expanduser(), small, name), small, wide, wanted)
+        for name, folder in folders.items()
+        if folder is not None
+    }
+    return replace(loaded, model=wide, name=label(wanted, wide.config, loaded.name)), heads
 
 
 @torch.no_grad()

@@ -136,10 +136,14 @@ def steps(
 @click.argument("old", type=RESULT)
 @click.argument("new", type=RESULT)
 @click.option(
-    "--tolerance", type=click.FloatRange(0.0, 1.0), default=0.05, show_default=True, help="How far one may fall."
+    "--tolerance",
+    type=click.FloatRange(0.0, 1.0),
+    default=0.05,
+    show_default=True,
+    help="How far a figure may fall. Shares of the same text may not.",
 )
 def compare(old: Path, new: Path, tolerance: float) -> None:
-    """Whether NEW is slower than OLD; exit status 1 if so."""
+    """Whether NEW is slower than OLD, accepts less or writes other texts; exit status 1 if so."""
     from rich.console import Console
 
     from flashspec.bench.compare import compare as compare_files
@@ -149,7 +153,9 @@ def compare(old: Path, new: Path, tolerance: float) -> None:
     Console().print(found.table())
     if found.regressions:
         count, total = len(found.regressions), len(found.changes)
-        raise FlashSpecError(f"{count} of {total} figures fell by more than {tolerance:.0%}")
+        raise FlashSpecError(
+            f"{count} of {total} figures fell, by more than {tolerance:.0%} or, of the same text, at all"
+        )
 
 
 def _measure(run: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:

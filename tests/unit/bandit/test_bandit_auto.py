@@ -143,6 +143,32 @@ def test_plain_wins_where_nothing_is_accepted() -> None:
     assert achieved(decisions[100:]) > 0.95 * rate_of(0)  # trying again costs less than 5 %
 
 
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_the_same_acceptance_pays_at_one_row_and_not_at_32(batch_size: int) -> None:
+    """32 rows fill the machine: a draft token a row adds half of a plain step; at one row a hundredth."""
+    arms = [("", 0), ("d", 2), ("d", 4), ("d", 8)]
+    chance, token_share = 0.5, 0.01 if batch_size == 1 else 0.5
+    seconds = [STEP_SECONDS * (1 + token_share * length) for _, length in arms]
+    random = Random(10)
+
+    def respond(arm: int) -> Decision:
+        length = arms[arm][1]
+        rows = []
+        for _ in range(batch_size):
+            accepted = 0
+            while accepted < length and random.random() < chance:
+                accepted += 1
+            rows.append((length, accepted))
+        noise = random.uniform(0.9, 1.1)
+        return Decision(arm, sum(kept for _, kept in rows), length * batch_size, tuple(rows), noise * seconds[arm])
+
+    lengths = [arms[decision.arm][1] for decision in play(selector_of(arms=arms), respond, 400)[100:]]
+    if batch_size == 1:
+        assert sum(length > 0 for length in lengths) > 280
+    else:
+        assert lengths.count(0) > 280
+
+
 def test_everything_accepted_makes_the_longest_draft_win() -> None:
     selector = selector_of()
     respond = lambda arm: Decision(arm, ARMS[arm][1], ARMS[arm][1], seconds=STEP_SECONDS)  # noqa: E731

@@ -28,8 +28,9 @@ def test_falls_beyond_the_tolerance_are_listed(tmp_path: Path) -> None:
     new = write(tmp_path / "new.json", [endtoend("plain", 96.0), endtoend("auto", 180.0, 1.9) | {"batch_size": 1}])
     found = compare(old, new, 0.05)
     assert [(change.row, change.figure) for change in found.regressions] == [("set auto 1", "tokens/s")]
-    assert (found.unmatched, found.same_hardware, len(found.changes)) == (1, True, 3)
-    assert found.table().row_count == 3
+    assert (found.missing, found.same_hardware, len(found.changes)) == (["set gone 1"], True, 3)
+    assert found.table().row_count == 3 and found.table().caption == "not in the new file: set gone 1"
+    assert compare(new, old).missing == []
     assert not compare(old, new, 0.2).regressions
 
 
@@ -49,6 +50,51 @@ def test_on_other_hardware_only_ratios_count(tmp_path: Path) -> None:
     assert (change.figure, change.ratio) == ("vs plain", 0.75)
 
 
+def texts(method: str, plain: float, float32: float, length: float) -> dict[str, Any]:
+    return endtoend(method, 1.0) | {
+        "same_text_as_plain": plain,
+        "same_text_as_hf_float32": float32,
+        "acceptance_length": length,
+    }
+
+
+def test_a_text_that_is_no_longer_the_same_fell_however_rare(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json", [texts(method, 1.0, 0.5, 3.0) for method in ("auto", "hf-bfloat16")])
+    new = write(tmp_path / "new.json", [texts(method, 0.99, 0.0, 3.0) for method in ("auto", "hf-bfloat16")], OTHER)
+    found = compare(old, new, 0.05).regressions
+    assert [(change.row, change.figure) for change in found] == [
+        ("set auto 1", "same text"),
+        ("set auto 1", "same as plain"),
+    ]
+    hot = {"settings": {"temperature": 0.7}}
+    old, new = (write(path, json.loads(path.read_text())["rows"], **hot) for path in (old, new))
+    assert not compare(old, new).regressions  # sampled texts need not be the same
+
+
+def test_an_arm_that_accepts_less_fell(tmp_path: Path) -> None:
+    """And what a selector accepts is the clock's doing."""
+    old = write(tmp_path / "old.json", [texts(method, 1.0, 1.0, 3.0) for method in ("a:4", "b:4", "auto@arms")])
+    lengths = {"a:4": 2.8, "b:4": 2.9, "auto@arms": 2.0}
+    new = write(tmp_path / "new.json", [texts(method, 1.0, 1.0, length) for method, length in lengths.items()])
+    (change,) = compare(old, new, 0.05).regressions
+    assert (change.row, change.figure) == ("set a:4 1", "tokens per forward")
+
+
+@pytest.mark.parametrize("name", ["target", "dtype", "temperature", "max_new_tokens", "context"])
+def test_figures_of_other_settings_are_not_compared(tmp_path: Path, name: str) -> None:
+    old = write(tmp_path / "old.json", [endtoend("auto", 2.0)], settings={name: 1})
+    new = write(tmp_path / "new.json", [endtoend("auto", 1.0)], settings={name: 2})
+    with pytest.raises(FlashSpecError, match=rf"new\.json differ in {name}, 1 and 2: compare results of the same"):
+        compare(old, new)
+
+
+def test_figures_over_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json", [endtoend("auto", 2.0)])
+    new = write(tmp_path / "new.json", [endtoend("auto", 1.0) | {"n": 5}])
+    with pytest.raises(FlashSpecError, match="differ in answers a row, 8 and 5"):
+        compare(old, new)
+
+
 @pytest.mark.parametrize(
     "rows, more, sentence",
     [
@@ -58,7 +104,7 @@ def test_on_other_hardware_only_ratios_count(tmp_path: Path) -> None:
         (
             [endtoend("auto", 1.0)],
             {"settings": {"target": "b"}},
-            "measures None and .* measures b: compare results of one",
+            "differ in target, None and b: compare results of the same settings",
         ),
         ("none", {}, "is no benchmark result"),
     ],

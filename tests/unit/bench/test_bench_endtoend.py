@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import MarkovModel
-from small_heads import LAYERS, VOCAB, write_eagle, write_medusa
+from small_heads import HIDDEN, LAYERS, VOCAB, write_eagle, write_medusa
 from small_models import llama
 
 from flashspec.bench import endtoend, methods
@@ -16,7 +17,9 @@ from flashspec.bench.methods import Setup, Take, make_method
 from flashspec.bench.report import table
 from flashspec.bench.shapes import SHAPES, Shape
 from flashspec.core import PLAIN, Arm, FlashSpecError, RowStep, StepRecord
-from flashspec.models.loading import LoadedModel
+from flashspec.drafters import shipped
+from flashspec.drafters.heads import target_hash
+from flashspec.models.loading import LoadedModel, load_model
 
 
 def take(tokens: int, seconds: float, steps: int = 0) -> Take:
@@ -252,6 +255,38 @@ def test_heads_by_folder_stand_in_one_table(
     }  # fmt: skip
     assert len(rows["eagle3:2"]["acceptance_per_position"]) == 2
     assert heads["eagle"] not in output.read_text()  # no folder of a machine
+
+
+@pytest.fixture
+def packaged(heads: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The heads come with the package, for the target; the target and their folders."""
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "package")
+    monkeypatch.setitem(SHAPES, "wide", Shape("wide", 192, 224, 12, 3, 32, LAYERS + 1, 320))
+    own = target_hash(load_model(heads["target"], dtype="float32").model.first_rows())
+    for name, kind in (("eagle", "eagle3"), ("medusa", "medusa")):
+        config = json.loads((Path(heads[name]) / "config.json").read_text())
+        marks = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "flashspec": {"kind": kind, "target_hash": own}}
+        heads[name] = shutil.copytree(heads[name], str(tmp_path / "package" / name))
+        (Path(heads[name]) / "config.json").write_text(json.dumps(config | marks))
+    return heads
+
+
+@pytest.mark.parametrize("shape", [None, "wide"])
+def test_heads_of_the_package_by_name_are_those_in_its_folders(packaged: dict[str, str], shape: str | None) -> None:
+    """Widened as these are; they draft the same."""
+
+    def decode(drafters: list[str] | None, method: str) -> Take:
+        setup = Setup.load(packaged["target"], drafters, "cpu", "float32", 20, 5.0, shape=shape)
+        return make_method(method, setup)([[1, 5, 9, 4]])
+
+    for method, folder in (("eagle3:3", "eagle"), ("medusa:3", "medusa")):
+        named, found = decode(["eagle3", "medusa"], method), decode([packaged[folder]], method)
+        assert sum(row.accepted for step in named.steps for row in step.rows) > 3
+        assert named.rows == found.rows
+        assert [step.rows for step in named.steps] == [step.rows for step in found.steps]
+    unasked = Setup.load(packaged["target"], None, "cpu", "float32", shape=shape)
+    assert unasked.drafters == ("suffix", "eagle3")
+    assert {record.arm.drafter for record in decode(None, "eagle3:2").steps} == {"eagle3"}
 
 
 def test_a_name_that_means_two_drafters_or_none(heads: dict[str, str], tmp_path: Path) -> None:
