@@ -47,6 +47,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def revision_of(path: Path) -> Path:
+    """The same target with a little of one layer's query projection changed, as a merged LoRA leaves it."""
+    model = llama(num_hidden_layers=3, vocab_size=100)
+    model.lm_head.weight.mul_(6.0)
+    model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    model.save_pretrained(path)
+    return path
+
+
 class Steps:
     """A clock that stands still until training begins, and then goes on by one at every step."""
 
@@ -162,8 +171,9 @@ def test_the_texts_of_an_earlier_training(source: Path, tmp_path: Path) -> None:
         train(source, tmp_path / "third", texts=tmp_path)
     other = tmp_path / "other"
     llama(num_hidden_layers=3, vocab_size=101).save_pretrained(other)
-    with pytest.raises(FlashSpecError, match=r"are another target's than"):
-        train(other, tmp_path / "fourth", texts=tmp_path / "first")
+    for another in (other, revision_of(tmp_path / "revision")):
+        with pytest.raises(FlashSpecError, match=r"are another target's than"):
+            train(another, tmp_path / "fourth", texts=tmp_path / "first")
 
 
 def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
@@ -218,7 +228,9 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
     assert config["flashspec"] == {
         "kind": kind,
         "target": str(source),
+        "revision": "",
         "target_hash": load_target(source, "cpu").hash(),
+        "target_hash_float16": load_target(source, "cpu").float16_hash(),
         "feature_layers": [-1, 0, 1],  # of three layers
         "shares_lm_head": shares,
     }
@@ -263,8 +275,9 @@ class TestPlaces:
         model = llama(num_hidden_layers=3, vocab_size=100)
         model.model.norm.weight.add_(0.5)
         model.save_pretrained(other)
-        with pytest.raises(FlashSpecError, match=r"with other weights than .*: choose another --out"):
-            train(other, tmp_path / "head", resume=True)
+        for another in (other, revision_of(tmp_path / "revision")):
+            with pytest.raises(FlashSpecError, match=r"with other weights than .*: choose another --out"):
+                train(another, tmp_path / "head", resume=True)
 
     def test_other_settings(self, source: Path, tmp_path: Path) -> None:
         train(source, tmp_path / "head", stopped=StopAfter(0))
