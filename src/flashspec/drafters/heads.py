@@ -77,6 +77,18 @@ def load_head(folder: Path, target: LanguageModel, name: str) -> Drafter:
     return {"eagle3": _eagle, "medusa": _medusa, "tiny": _tiny}[kind](head, name)
 
 
+def _open(folder: Path, kind: str | None) -> SafetensorsFolder:
+    if any(folder.glob("*.safetensors*")):
+        return SafetensorsFolder(folder, MEDUSA_FILE if (folder / MEDUSA_FILE).exists() else "model.safetensors")
+    pickled, wanted = "pytorch_model.bin", "model.safetensors"
+    if kind == "medusa":
+        pickled, wanted = "medusa_lm_head.pt", MEDUSA_FILE
+    raise FlashSpecError(
+        f"{folder} has no {wanted}; a {pickled} is never loaded, as a pickle may run any code: convert it with "
+        f"safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), '{wanted}')"
+    )
+
+
 def _kind(config: Mapping[str, Any]) -> str | None:
     ours = config.get("flashspec", {}).get("kind")
     if ours is not None:
@@ -96,7 +108,7 @@ class _Head:
             if config.get(field, own) != own:
                 raise self.refusal(f"its {field} is {config[field]} and the target's {own}")
         self._check_hash()
-        self.file = SafetensorsFolder(folder, MEDUSA_FILE if (folder / MEDUSA_FILE).exists() else "model.safetensors")
+        self.file = _open(folder, _kind(config))
         self.weights = Weights(self.file, target.device, target.dtype)
         self.part = self._part() if "d2t" in self.file else None
 

@@ -110,7 +110,12 @@ def test_what_is_missing_or_cut_short(tmp_path: Path) -> None:
     refused(head, "is damaged or cut short")
     (head / "model.safetensors").unlink()
     (head / "pytorch_model.bin").write_bytes(b"x")
-    refused(head, "has no model.safetensors; its pickled weights .* are never loaded")
+    refused(head, "has no model.safetensors; a pytorch_model.bin is never loaded, as .*: convert it with safetensors")
+    head = write_medusa(tmp_path / "pickled")
+    (head / "medusa_lm_head.safetensors").rename(head / "medusa_lm_head.pt")
+    refused(
+        head, r"has no medusa_lm_head.safetensors; a medusa_lm_head.pt is never .*load\('medusa_lm_head.pt', weights"
+    )
     refused(write_tiny(tmp_path / "tiny", hidden_size=32), "it has no embedding of its own, and its hidden_size is 32")
     wrong = changed(write_medusa(tmp_path / "beside", beside=True), **{"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)})
     refused(wrong, "fc.weight has shape .64, 192., but the model's config asks for .64, 320.")

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from held_out import tokens_a_step
 from small_models import llama
 
 import flashspec.training.fit
-from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import FlashSpecError
-from flashspec.drafters.heads import load_head
-from flashspec.engine import SpeculativeEngine
 from flashspec.models.checkpoint import read_json
 from flashspec.training import Kind, Outcome, Settings, train_drafter
 from flashspec.training.card import build_head, head_config
 from flashspec.training.files import read_tensors
-from flashspec.training.measure import Measure, summarise
+from flashspec.training.measure import Measure
 from flashspec.training.rollouts import RolloutFolder
 from flashspec.training.target import load_target
 from flashspec.training.vocabulary import DraftVocabulary
@@ -100,26 +98,6 @@ def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, t
     assert last.loss < first.loss - gain
     assert last.length > first.length + gain
     assert tokens_a_step(source, tmp_path / "head") == pytest.approx(last.length, abs=0.1)
-
-
-def tokens_a_step(source: Path, folder: Path) -> float:
-    """Of the head in a folder, by the engine, on the texts that its training held out."""
-    target = load_target(source, "cpu")
-    drafter = load_head(folder, target.loaded.model, "head")
-    config = FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0))
-    engine = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"])
-    counts = []
-    texts = RolloutFolder.open(folder / "training" / "rollouts").load()
-    for index in texts.held_out.nonzero()[:, 0].tolist():
-        start, length = int(texts.starts[index]), int(texts.lengths[index])
-        text = texts.token_ids[texts.offsets[index] : texts.offsets[index + 1]].tolist()
-        result = engine.generate([text[:start]], length - start)
-        assert result.output_ids[0].tolist() == text[start:]
-        accepted = (step.rows[0].accepted for step in result.steps)
-        while start + 4 <= length:
-            counts.append(next(accepted))
-            start += counts[-1] + 1
-    return summarise(counts, 4)[1]
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["published", "ours"])
@@ -203,6 +181,19 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
         train(source, out, replace(SETTINGS, seconds=10.0), resume=True)
     assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert not train(source, out, replace(SETTINGS, seconds=10.0), resume=True).interrupted
+
+
+def test_a_training_is_saved_after_its_first_look(source: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def progress(what: str, fraction: float | None) -> None:
+        if what.startswith("training"):
+            seen.append(
+                [(tmp_path / "head" / name).exists() for name in ("model.safetensors", "training/state.safetensors")]
+            )
+
+    train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0), progress=progress)
+    assert seen[0] == [True, True]
 
 
 @pytest.mark.parametrize(
