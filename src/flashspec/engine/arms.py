@@ -26,8 +26,8 @@ def default_drafters(target: LanguageModel, strategy: str = "auto") -> list[str]
 
 
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
-    """A drafter from itself, a registered name, a class with `generate_draft`, a head's folder or hub id, or a model in any
-    form that `load` takes; `load` returns the model and a name for it."""
+    """A drafter from itself, a registered name, a class with `generate_draft`, a head's folder or hub id, or a model in
+    any form that `load` takes; `load` returns the model and a name for it."""
     if isinstance(source, str) and source in list_drafters() and not is_head(source):
         cls = get_drafter(source)
         if not issubclass(cls, Drafter):

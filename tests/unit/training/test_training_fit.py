@@ -151,7 +151,7 @@ def test_the_texts_of_an_earlier_training(source: Path, tmp_path: Path) -> None:
     llama(num_hidden_layers=3, vocab_size=101).save_pretrained(other)
     for another in (other, revision_of(tmp_path / "revision")):
         with pytest.raises(FlashSpecError, match=r"are another target's than"):
-            train(another, tmp_path / "fourth", texts=tmp_path / "first")
+            train(another, tmp_path / f"for {another.name}", texts=tmp_path / "first")
 
 
 def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
