@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_out import tokens_a_step
 from small_models import llama
 
-from flashspec.config import FlashSpecConfig, SamplingConfig
-from flashspec.drafters.heads import load_head
-from flashspec.engine import SpeculativeEngine
 from flashspec.training import Kind, Settings, train_drafter
-from flashspec.training.target import load_target
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -29,11 +26,7 @@ def test_a_training_on_a_gpu(tmp_path: Path, kind: Kind) -> None:
     outcome = train_drafter(tmp_path / "target", tmp_path / "head", settings, device="cuda")
     assert outcome.measures[-1].loss < outcome.measures[0].loss
     assert outcome.measures[-1].length > outcome.measures[0].length
-
-    target = load_target(tmp_path / "target", "cuda")
-    drafter = load_head(tmp_path / "head", target.loaded.model, "head")
-    config = FlashSpecConfig(device="cuda", sampling=SamplingConfig(temperature=0.0))
-    result = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"]).generate(
-        [[i, i + 1, i + 2] for i in range(16)], 40
+    # Near ties fall either way in bfloat16, in the text and in the draft.
+    assert tokens_a_step(tmp_path / "target", tmp_path / "head", "cuda", same_text=False) == pytest.approx(
+        outcome.measures[-1].length, rel=0.1
     )
-    assert result.acceptance_length > 1.0

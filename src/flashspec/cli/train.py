@@ -64,7 +64,9 @@ def train_drafter(
     share_lm_head: bool,
     resume: bool,
 ) -> None:
-    """Train a drafter for TARGET on text that the target writes itself. Ctrl-C keeps what there is."""
+    """Train a drafter for TARGET on text that the target writes itself. Ctrl-C keeps what there is.
+
+    TARGET is of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2."""
     if not 0 < minutes < float("inf"):
         raise click.UsageError(f"--minutes is {minutes:g}; it should be above 0")
     with Waiting():

@@ -1,14 +1,15 @@
 """Drafter heads from a folder: public EAGLE-3 and Medusa checkpoints, and what `flashspec train-drafter` writes.
 
 A folder holds config.json and safetensors. Ours carry, in config.json, "flashspec": {"kind": "eagle3", "medusa" or
-"tiny", "target": its name, "target_hash": `target_hash` of it or null, "feature_layers": the layers, from 0, whose
-outputs an EAGLE-3 head reads, or null}. What is missing among embed_tokens, lm_head and Medusa's last layers is the
-target's own.
+"tiny", "target" and "revision": their names, "target_hash" and "target_hash_float16": `target_hash` of its sample in
+bfloat16 and in float16, or null, "feature_layers": the layers, from 0, whose outputs an EAGLE-3 head reads, or null}.
+What is missing among embed_tokens, lm_head and Medusa's last layers is the target's own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
-from flashspec.models.base import FIRST_ROWS, LanguageModel, SharesVocabulary, Vocabulary
+from flashspec.models.base import LanguageModel, Sample, SharesVocabulary
 from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
@@ -36,13 +37,19 @@ def eagle_layers(num_layers: int) -> tuple[int, int, int]:
     return low, middle, high
 
 
-def target_hash(vocabulary: Vocabulary) -> str | None:
-    """Names a target, whatever precision it is held in: SHA-256 of its final norm and the first rows of its embedding,
-    rounded to bfloat16. None where there is no such norm."""
-    if vocabulary.final_norm is None:
-        return None
-    marked = torch.cat([vocabulary.final_norm[None], vocabulary.embedding[:FIRST_ROWS]]).bfloat16().float()
-    return hashlib.sha256(marked.cpu().numpy().tobytes()).hexdigest()
+def target_hash(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Names a model's weights as they are in a dtype of 16 bits: 'outer-layers', 16 hex digits of SHA-256 each, so that
+    the revisions of a model have the first half in common."""
+    parts = [(part.to(dtype) + 0).view(torch.int16).cpu() for part in sample]  # + 0: for some readers 0 is -0
+    return "-".join(hashlib.sha256(part.numpy().data).hexdigest()[:16] for part in parts)
+
+
+def own_hash(target: SharesVocabulary) -> tuple[str, str]:
+    """The hash that says which weights a target has, behind the field of a head's config that should equal it. What
+    float16 has rounded can no longer be rounded to bfloat16 as the weights themselves can."""
+    if target.dtype == torch.float16:
+        return "target_hash_float16", target_hash(target.sample(), torch.float16)
+    return "target_hash", target_hash(target.sample())
 
 
 def is_head(source: Any) -> bool:
@@ -70,6 +77,18 @@ def load_head(folder: Path, target: LanguageModel, name: str) -> Drafter:
     return {"eagle3": _eagle, "medusa": _medusa, "tiny": _tiny}[kind](head, name)
 
 
+def _open(folder: Path, kind: str | None) -> SafetensorsFolder:
+    if any(folder.glob("*.safetensors*")):
+        return SafetensorsFolder(folder, MEDUSA_FILE if (folder / MEDUSA_FILE).exists() else "model.safetensors")
+    pickled, wanted = "pytorch_model.bin", "model.safetensors"
+    if kind == "medusa":
+        pickled, wanted = "medusa_lm_head.pt", MEDUSA_FILE
+    raise FlashSpecError(
+        f"{folder} has no {wanted}; a {pickled} is never loaded, as a pickle may run any code: convert it with "
+        f"safetensors.torch.save_file(torch.load('{pickled}', weights_only=True), '{wanted}')"
+    )
+
+
 def _kind(config: Mapping[str, Any]) -> str | None:
     ours = config.get("flashspec", {}).get("kind")
     if ours is not None:
@@ -89,7 +108,7 @@ class _Head:
             if config.get(field, own) != own:
                 raise self.refusal(f"its {field} is {config[field]} and the target's {own}")
         self._check_hash()
-        self.file = SafetensorsFolder(folder, MEDUSA_FILE if (folder / MEDUSA_FILE).exists() else "model.safetensors")
+        self.file = _open(folder, _kind(config))
         self.weights = Weights(self.file, target.device, target.dtype)
         self.part = self._part() if "d2t" in self.file else None
 
@@ -126,10 +145,21 @@ class _Head:
         return replace(config, max_context=self.target.max_context, vocab_size=self.target.vocab_size)
 
     def _check_hash(self) -> None:
+        """FlashSpecError for a model of other words; a warning for another revision, whose text stays exact."""
         ours = self.config.get("flashspec", {})
-        trained, own = ours.get("target_hash"), target_hash(self.vocabulary)
-        if trained and own and trained != own and self.target.dtype != torch.float16:  # which would round twice
-            raise self.refusal(f"it was trained for the weights of {ours.get('target') or 'another model'}")
+        field, own = own_hash(self.target)
+        trained, model = ours.get(field), ours.get("target") or "another model"
+        if not trained or trained == own:
+            return
+        if trained.partition("-")[0] != own.partition("-")[0]:
+            raise self.refusal(f"it was trained for the weights of {model}")
+        warnings.warn(
+            f"the head in {self.folder} was trained for {model}, revision {ours.get('revision') or 'unknown'}, weights "
+            f"{trained}, and this target's layers are others, weights {own}: the text stays its own, but fewer drafts "
+            "may be accepted",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _shares(self, hidden_size: int, what: str) -> None:
         if hidden_size != self.target.hidden_size:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flashspec.core import FlashSpecError
 from flashspec.drafters.base import Drafter
-from flashspec.drafters.heads import load_head, target_hash
+from flashspec.drafters.heads import load_head, own_hash
 from flashspec.models.base import LanguageModel, SharesVocabulary
 from flashspec.models.checkpoint import read_json
 
@@ -23,8 +23,8 @@ def shipped_heads(target: LanguageModel) -> dict[str, Path]:
     }
     if not sized or not isinstance(target, SharesVocabulary):
         return {}
-    own = target_hash(target.first_rows())
-    return {marks["kind"]: folder for folder, marks in sized.items() if own is not None and marks["target_hash"] == own}
+    field, own = own_hash(target)
+    return {marks["kind"]: folder for folder, marks in sized.items() if marks[field] == own}
 
 
 def load_shipped(kind: str, target: LanguageModel) -> Drafter:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashspec.core import PLAIN, Arm
+from flashspec.core import PLAIN, Arm, FlashSpecError
 from flashspec.drafters import Drafter, get_drafter, list_drafters
 from flashspec.drafters.heads import is_head, load_head
 from flashspec.drafters.host import GeneratesDraft, HostDrafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.models.base import LanguageModel
+from flashspec.models.loading import locate
 
 Load = Callable[[Any], tuple[LanguageModel, str]]
 BEST_HEADS = ("eagle3",)  # of those that come with the package, the kinds that are used unasked
@@ -25,8 +26,8 @@ def default_drafters(target: LanguageModel, strategy: str = "auto") -> list[str]
 
 
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
-    """A drafter from itself, a registered name, a class with `generate_draft`, the folder of a head, or a model in any
-    form that `load` takes; `load` returns the model and a name for it."""
+    """A drafter from itself, a registered name, a class with `generate_draft`, a head's folder or hub id, or a model in
+    any form that `load` takes; `load` returns the model and a name for it."""
     if isinstance(source, str) and source in list_drafters() and not is_head(source):
         cls = get_drafter(source)
         if not issubclass(cls, Drafter):
@@ -38,11 +39,22 @@ def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
         return source
     if isinstance(source, GeneratesDraft):
         return HostDrafter(source, type(source).__name__.lower())
-    if is_head(source):
-        return load_head(Path(source).expanduser(), target, str(source))
+    folder = _head_folder(source)
+    if folder is not None:
+        return load_head(folder, target, str(source))
     drafter = ModelDrafter(*load(source))
     drafter.check(target)
     return drafter
+
+
+def _head_folder(source: Any) -> Path | None:
+    """Where a head is, fetched first where the source is an id; None where it is anything else."""
+    if isinstance(source, str) and "/" in source:
+        try:
+            source = locate(source)
+        except FlashSpecError:  # the sentence for a drafter that is nowhere is `load`'s
+            return None
+    return Path(source).expanduser() if is_head(source) else None
 
 
 def unique_names(drafters: Sequence[Drafter]) -> dict[str, Drafter]:

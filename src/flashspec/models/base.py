@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-FIRST_ROWS = 64  # of a vocabulary, by which models are told apart
+FIRST_ROWS = 64  # of an embedding, by which models are told apart
+CORNER = (16, 128)  # rows and columns of every other matrix, by which revisions are
 
 
 @dataclass(slots=True)
@@ -105,15 +106,27 @@ class LanguageModel(Protocol):
 
 
 class Vocabulary(NamedTuple):
-    """embedding, lm_head: (V, hidden), one tensor where they are tied. final_norm: (hidden,), weight of the RMS norm
-    ahead of the LM head; None where the model is not known to have one."""
+    """embedding, lm_head: (V, hidden), one tensor where they are tied."""
 
     embedding: Tensor
     lm_head: Tensor
-    final_norm: Tensor | None = None
 
-    def first_rows(self) -> Vocabulary:
-        return self._replace(embedding=self.embedding[:FIRST_ROWS], lm_head=self.lm_head[:FIRST_ROWS])
+
+class Sample(NamedTuple):
+    """A few of a model's weights, by which it is told apart from others and from its own revisions.
+
+    outer: the norm ahead of the LM head and the first rows of the embedding. layers: a corner of each of the layers'
+    matrices, as q, k, v, output, gate, up, down of one layer behind the other. Both are flat.
+    """
+
+    outer: Tensor
+    layers: Tensor
+
+    @classmethod
+    def of(cls, norm: Tensor, embedding: Tensor, matrices: Iterable[Tensor]) -> Sample:
+        rows, columns = CORNER
+        corners = [matrix[:rows, :columns].flatten() for matrix in matrices]
+        return cls(torch.cat([norm, embedding[:FIRST_ROWS].flatten()]), torch.cat(corners))
 
 
 @runtime_checkable
@@ -124,6 +137,6 @@ class SharesVocabulary(LanguageModel, Protocol):
         """On the model's device in its dtype; copies where the model keeps them packed."""
         ...
 
-    def first_rows(self) -> Vocabulary:
-        """Of the first FIRST_ROWS tokens alone, at little cost: enough to tell models apart."""
+    def sample(self) -> Sample:
+        """On the model's device in its dtype, at little cost: no whole matrix is read."""
         ...

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import decoding
-from flashspec.models.base import Features, KVCache, Vocabulary
+from flashspec.models.base import Features, KVCache, Sample, Vocabulary
 
 if TYPE_CHECKING:
     from flashspec.models.decoder_gpu import FewTokens
@@ -109,10 +109,14 @@ class Decoder:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.weights.embedding, self.weights.lm_head, self.weights.final_norm)
+        return Vocabulary(self.weights.embedding, self.weights.lm_head)
 
-    def first_rows(self) -> Vocabulary:
-        return self.vocabulary().first_rows()
+    def sample(self) -> Sample:
+        c, matrices = self.config, list[Tensor]()
+        ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim  # of q, of k
+        for layer in self.weights.layers:
+            matrices += [*layer.qkv.tensor_split(ends), layer.output, *layer.gate_up.chunk(2), layer.down]
+        return Sample.of(self.weights.final_norm, self.weights.embedding, matrices)
 
     def forward(
         self,

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from flashspec.core import FlashSpecError
 from flashspec.kernels import decoding
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES
-from flashspec.models.base import Features, KVCache, Vocabulary
+from flashspec.models.base import Features, KVCache, Sample, Vocabulary
 
 _NAME = "per_row_positions"  # a name with "flash" in it would be taken for FlashAttention
 _CALL: ContextVar[_Call] = ContextVar("call in progress")
@@ -73,13 +73,15 @@ class HFModel:
         return KVCache(keys, values)
 
     def vocabulary(self) -> Vocabulary:
-        head = self._lm_head
-        if not isinstance(head, nn.Linear):
+        if not isinstance(self._lm_head, nn.Linear):
             raise FlashSpecError(f"{self._name} has no LM head that a drafter could share")
-        return Vocabulary(self._body.get_input_embeddings().weight.detach(), head.weight.detach())
+        return Vocabulary(self._body.get_input_embeddings().weight.detach(), self._lm_head.weight.detach())
 
-    def first_rows(self) -> Vocabulary:
-        return self.vocabulary().first_rows()
+    @torch.no_grad()
+    def sample(self) -> Sample:
+        embedding, parameters = self._body.get_input_embeddings().weight, list(self._body.parameters())
+        norms = [x for x in parameters if x.dim() == 1] or [embedding[0]]  # OLMo's learn nothing
+        return Sample.of(norms[-1], embedding, [x for x in parameters if x.dim() == 2 and x is not embedding])
 
     def forward(
         self,
@@ -156,10 +158,8 @@ class HFModel:
             difference, reason = float("inf"), f"{type(error).__name__}: {error}"
         if not difference < self._rounding:
             self._windows = ()
-            message = (
-                f"{self._name} attends through PyTorch, which is slower: our kernel failed its trial run ({reason})"
-            )
-            warnings.warn(message, stacklevel=2)
+            failure = f"our kernel failed its trial run ({reason})"
+            warnings.warn(f"{self._name} attends through PyTorch, which is slower: {failure}", stacklevel=2)
 
     def _difference(self, ids: Tensor, theirs: Tensor) -> float:
         """Of our logits for the last of three tokens from `theirs`, in standard deviations of the latter."""

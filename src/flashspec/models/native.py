@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashspec.kernels.native import GGUF_BLOCK_BYTES, PANEL, NativeDecoder, NativeLayer, NativeShape, PackedMatrix
-from flashspec.models.base import FIRST_ROWS, Features, KVCache, Vocabulary
+from flashspec.kernels.native import (
+    BLOCK,
+    GGUF_BLOCK_BYTES,
+    GROUP,
+    PANEL,
+    NativeDecoder,
+    NativeLayer,
+    NativeShape,
+    PackedMatrix,
+)
+from flashspec.models.base import CORNER, FIRST_ROWS, Features, KVCache, Sample, Vocabulary
 from flashspec.models.checkpoint import Checkpoint
 from flashspec.models.decoder import DecoderConfig, empty_cache
 from flashspec.models.gguf import GgufFile
@@ -62,14 +72,13 @@ class NativeModel:
         return empty_cache(self.config, batch_size, capacity, self.dtype, self.device)
 
     def vocabulary(self) -> Vocabulary:
-        return self._unpacked(self.vocab_size)
+        unpacked = {name: self._matrices[name].dequantise() for name in {_EMBEDDING, self._lm_head}}
+        return Vocabulary(unpacked[_EMBEDDING], unpacked[self._lm_head])
 
-    def first_rows(self) -> Vocabulary:
-        return self._unpacked(FIRST_ROWS)
-
-    def _unpacked(self, count: int) -> Vocabulary:
-        unpacked = {name: _first_rows(self._matrices[name], count) for name in {_EMBEDDING, self._lm_head}}
-        return Vocabulary(unpacked[_EMBEDDING], unpacked[self._lm_head], self._final_norm)
+    def sample(self) -> Sample:
+        names = [_name(index, matrix) for index in range(self.num_layers) for matrix in _LAYER]
+        corners = _corners([self._matrices[name] for name in names])
+        return Sample.of(self._final_norm, _first_rows(self._matrices[_EMBEDDING], FIRST_ROWS), corners)
 
     def forward(
         self,
@@ -162,6 +171,19 @@ def _layer(config: DecoderConfig, checkpoint: Checkpoint, matrices: Matrices, in
 
 def _first_rows(matrix: PackedMatrix, count: int) -> Tensor:
     return replace(matrix, data=matrix.data[: -(-count // PANEL)], rows=min(count, matrix.rows)).dequantise()
+
+
+def _corners(matrices: Sequence[PackedMatrix]) -> list[Tensor]:
+    """The corners of many: those of one kind at once, as each takes a dozen small operations."""
+    alike: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        alike[matrix.format, min(matrix.columns, CORNER[1])].append(place)
+    found: dict[int, Tensor] = {}
+    for (kind, columns), places in alike.items():
+        data = torch.cat([matrices[place].data[:1, : -(-columns // BLOCK), :1] for place in places])
+        rows = PackedMatrix(data, GROUP * len(places), columns, kind).dequantise().view(-1, GROUP, columns)
+        found |= {place: part[: matrices[place].rows] for place, part in zip(places, rows, strict=True)}
+    return [found[place] for place in range(len(matrices))]
 
 
 def _name(index: int, matrix: str) -> str:

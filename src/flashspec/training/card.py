@@ -52,7 +52,9 @@ def head_config(target: Target, settings: Settings, draft_vocab: int, feature_la
         "flashspec": {
             "kind": kind.value,
             "target": target.loaded.name,
+            "revision": target.revision,
             "target_hash": target.hash(),
+            "target_hash_float16": target.float16_hash(),
             "feature_layers": list(feature_layers),
             "shares_lm_head": settings.shares_lm_head or kind is Kind.TINY,
         },
@@ -134,7 +136,7 @@ def model_card(
         f"Kind `{marks['kind']}`, {parameters:,} parameters, trained with FlashSpec {flashspec.__version__} on text",
         "that the target wrote itself. It proposes tokens; the target checks each of them, so the text stays its own.",
         "",
-        f"- Target: {target.loaded.name}, revision {target.revision or 'unknown'}, weights {marks['target_hash'][:16]}",
+        f"- Target: {target.loaded.name}, revision {target.revision or 'unknown'}, weights {marks['target_hash']}",
         f"- Licence of the target, of whose text and weights this is made: {licence}",
         f"- Data: {data}",
         f"- Reads: {_reads(marks)}",

@@ -185,6 +185,7 @@ def _check_place(work: _Work, resume: bool) -> None:
         raise FlashSpecError(f"--out {out} is a file; it should be a folder, or nothing yet")
     clear_scratch(out / "training")
     if work.run.exists():
+        clear_scratch(out)
         if not resume:
             raise FlashSpecError(f"{out} holds a training already: go on with --resume, or choose another --out")
     elif any(path.is_file() for path in out.rglob("*")):

@@ -96,6 +96,7 @@ class Fit:
         at, settings = self.position, self.settings
         if not at.measures:
             self._look(measured)
+            save()
         last, looked, loss, said = self.clock(), at.seconds, None, ""
         for epoch, place, indices in endless(self.rollouts, self.batch_tokens, settings.seed, at.epoch, at.place):
             if stopped() or at.seconds >= self.seconds:

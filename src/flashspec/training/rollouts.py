@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -23,8 +23,10 @@ HELD_OUT = 16  # every 16th prompt is kept from training, up to MOST_HELD_OUT of
 MOST_HELD_OUT = 256
 ANSWERS = (0.0, 0.7)  # the temperatures of the answers; held-out ones are greedy
 SHORTEST = 4  # tokens written, below which a text teaches nothing
+SHARD_TOKENS, SHARD_SECONDS = 16384, 5.0  # what a shard collects, whichever comes first: a kill loses no more
 STRAGGLERS = 0.25  # of a batch: when only so many of its texts go on, they are cut, as a step costs what it did for all
 Clock = Callable[[], float]
+Text = tuple[Prompt, Prompt, bool]  # the prompt, what was written, whether it is held out
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,16 @@ class Rollouts:
 
 @dataclass(slots=True)
 class RolloutFolder:
-    """seconds: what writing has taken so far; prompts: how many have been answered; tokens: how many were written."""
+    """seconds: what writing has taken so far; prompts: how many have been answered; tokens: how many were written.
+    All of them count what waits for its shard too."""
 
     path: Path
     shards: int = 0
     seconds: float = 0.0
     prompts: int = 0
     tokens: int = 0
+    _waiting: list[Text] = field(default_factory=list)
+    _waits_since: float = 0.0  # in `seconds`
 
     @classmethod
     def open(cls, path: Path) -> RolloutFolder:
@@ -72,17 +77,29 @@ class RolloutFolder:
             _, notes = read_tensors(folder._shard(folder.shards))
             folder.seconds, folder.prompts, folder.tokens = notes["seconds"], notes["prompts"], notes["tokens"]
             folder.shards += 1
+        folder._waits_since = folder.seconds
         return folder
 
     def _shard(self, index: int) -> Path:
         return self.path / f"shard-{index:05d}.safetensors"
 
-    def add(self, texts: Sequence[tuple[Prompt, Prompt, bool]], prompts: int, seconds: float) -> None:
-        """texts: (prompt, what was written, whether it is held out). prompts, seconds: what they took."""
+    def add(self, texts: Sequence[Text], prompts: int, seconds: float) -> None:
+        """prompts, seconds: what the texts took."""
         kept = [text for text in texts if len(text[1]) >= SHORTEST]
         self.prompts += prompts
         self.seconds += seconds
         self.tokens += sum(len(written) for _, written, _ in kept)
+        self._waiting += kept
+        waiting = sum(len(written) for _, written, _ in self._waiting)
+        if waiting >= SHARD_TOKENS or self.seconds - self._waits_since >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a shard of what waits for one."""
+        self._waits_since = self.seconds
+        if not self._waiting:
+            return
+        kept, self._waiting = self._waiting, []
         whole = [prompt + written for prompt, written, _ in kept]
         tensors = {
             "token_ids": torch.tensor([token for text in whole for token in text], dtype=torch.int32),
@@ -95,7 +112,7 @@ class RolloutFolder:
         self.shards += 1
 
     def load(self) -> Rollouts:
-        """FlashSpecError where there is nothing to train on, or nothing to measure with."""
+        """What is in shards. FlashSpecError where there is nothing to train on, or nothing to measure with."""
         shards = [read_tensors(self._shard(index))[0] for index in range(self.shards)]
         if not shards:
             raise FlashSpecError("the target wrote no text in its share of the time: give more --minutes")
@@ -176,6 +193,7 @@ def write_rollouts(
             waiting[temperature], skipped = later, 0
         done = max((clock() - begun) / share, folder.tokens / settings.most_tokens)
         progress(f"the target writes: {folder.tokens:,} tokens", min(done, 1.0))
+    folder.flush()
 
 
 @dataclass(frozen=True, slots=True)

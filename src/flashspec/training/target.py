@@ -36,9 +36,14 @@ class Target:
 
     def hash(self) -> str:
         """Which weights these are, whatever the dtype they are held in."""
-        marked = target_hash(self.decoder.vocabulary())
-        assert marked is not None  # only a model without a final norm has none
-        return marked
+        return target_hash(self.decoder.sample())
+
+    def float16_hash(self) -> str | None:
+        """The same of these weights in float16; None where bfloat16 has rounded them."""
+        config = self.loaded.config
+        stored = config.get("dtype") or config.get("torch_dtype")
+        exact = self.decoder.dtype == torch.float32 or stored == "bfloat16"
+        return target_hash(self.decoder.sample(), torch.float16) if exact else None
 
 
 def load_target(source: str | Path, device: str | None = None, progress: Progress = silent) -> Target:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import small_heads
 import torch
 import torch.nn.functional as F
 from decoding import TakingTurns, decode, open_run
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from small_heads import PART, VOCAB, write_eagle, write_medusa, write_tiny
 from small_models import llama
@@ -324,3 +326,26 @@ def test_a_folder_is_named_like_any_drafter(tmp_path: Path, write: Any, kind: ty
     assert isinstance(drafter, kind) and drafter.name == str(tmp_path)
     state = open_run(TARGET, PROMPTS, ["plain"], {}, 20).state
     assert isinstance(drafter.start(state), proposes)
+
+
+def test_a_hubs_id_is_fetched_before_it_is_asked_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def snapshot(model_id: str, **_: Any) -> str:
+        fetched.append(model_id)
+        if not (tmp_path / model_id).is_dir():
+            raise LocalEntryNotFoundError("offline")
+        return str(tmp_path / model_id)
+
+    def load(source: Any) -> Any:
+        return TARGET, f"a model named {source}"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    write_eagle(tmp_path / "some" / "head")
+    (tmp_path / "some" / "model").mkdir()
+    drafter = make_drafter("some/head", TARGET, load)
+    assert isinstance(drafter, EagleDrafter) and drafter.name == "some/head"
+    for name in ("some/model", "some/where"):
+        assert make_drafter(name, TARGET, load).name == f"a model named {name}"
+    assert fetched == ["some/head", "some/model", "some/where"]
+    make_drafter("smollm2", TARGET, load)  # not fetched here, where nobody sees how far it is

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from decoding import Reciter
 from safetensors.torch import load_file, save_file
 from small_heads import HIDDEN, LAYERS, PART, VOCAB, write_eagle, write_medusa, write_tiny
-from small_models import llama
+from small_models import llama, randomised
 
 from flashspec.core import FlashSpecError
 from flashspec.drafters.heads import eagle_layers, is_head, load_head, target_hash
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
+from flashspec.models.hf import HFModel
 from flashspec.models.native import NativeModel, pack
 
 
@@ -24,6 +27,18 @@ def target_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     model = llama(**{"vocab_size": VOCAB, "num_hidden_layers": LAYERS, **changes})
     config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
     return Decoder(config, decoder_weights(config, state, torch.device("cpu"), dtype))
+
+
+def names_of(target: Decoder) -> dict[str, str]:
+    sample = target.sample()
+    return {"target_hash": target_hash(sample), "target_hash_float16": target_hash(sample, torch.float16)}
+
+
+def gemma() -> tf.PreTrainedModel:
+    """A model that runs through transformers."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "vocab_size": VOCAB}
+    return randomised(tf.Gemma2ForCausalLM(tf.Gemma2Config(**sizes)))
 
 
 def changed(folder: Path, **tensors: torch.Tensor | None) -> Path:
@@ -45,17 +60,32 @@ def test_another_targets_head(tmp_path: Path) -> None:
     refused(head, "fc.weight has shape .64, 192., but the model's config asks for .64, 96.", target_of(hidden_size=32))
     head = write_eagle(tmp_path, target_hidden_size=128)
     refused(head, "its target_hidden_size is 128 and the target's 64")
-    config = {"kind": "eagle3", "target": "some/model", "target_hash": "0" * 64}
-    refused(write_eagle(tmp_path, flashspec=config), "trained for the weights of some/model")
+    names = {"target_hash": "0" * 16 + "-" + "1" * 16, "target_hash_float16": "2" * 16 + "-" + "3" * 16}
+    head = write_eagle(tmp_path, flashspec={"kind": "eagle3", "target": "some/model", **names})
+    for target in (target_of(), target_of(torch.bfloat16), target_of(torch.float16), HFModel(gemma())):
+        refused(head, "trained for the weights of some/model", target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_revisions_head_drafts_with_a_warning(tmp_path: Path, dtype: torch.dtype) -> None:
+    marks = {"kind": "eagle3", "target": "some/model", "revision": "abc", **names_of(target_of())}
+    head = write_eagle(tmp_path, flashspec=marks)
+    revision = target_of(dtype)
+    revision.weights.layers[-1].output[3, 5] += 0.1
+    says = r"was trained for some/model, revision abc, weights .*-.*, and this target's layers are others, weights"
+    with pytest.warns(RuntimeWarning, match=says):
+        assert load_head(head, revision, "head").name == "head"
 
 
 def test_the_targets_own_head_fits_in_any_precision(tmp_path: Path) -> None:
     model = llama(VOCAB, num_hidden_layers=LAYERS)
     config, state = decoder_config(model.config.to_dict()), StateDict(model.state_dict())
-    name = target_hash(target_of().vocabulary())
-    marks = {"kind": "eagle3", "target": "t", "target_hash": name, "feature_layers": [1, 2, 3]}
-    for target in (target_of(), target_of(torch.bfloat16), NativeModel(config, state, pack(config, state))):
-        head = load_head(write_eagle(tmp_path, flashspec=marks), target, "head").head  # type: ignore[attr-defined]
+    marks = {"kind": "eagle3", "target": "t", **names_of(target_of()), "feature_layers": [1, 2, 3]}
+    decoders = [target_of(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    for target in (*decoders, NativeModel(config, state, pack(config, state)), HFModel(model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            head = load_head(write_eagle(tmp_path, flashspec=marks), target, "head").head  # type: ignore[attr-defined]
         assert head.dtype == target.dtype and head.fusion.layers == (2, 3, 4)
 
 
@@ -80,7 +110,12 @@ def test_what_is_missing_or_cut_short(tmp_path: Path) -> None:
     refused(head, "is damaged or cut short")
     (head / "model.safetensors").unlink()
     (head / "pytorch_model.bin").write_bytes(b"x")
-    refused(head, "has no model.safetensors; its pickled weights .* are never loaded")
+    refused(head, "has no model.safetensors; a pytorch_model.bin is never loaded, as .*: convert it with safetensors")
+    head = write_medusa(tmp_path / "pickled")
+    (head / "medusa_lm_head.safetensors").rename(head / "medusa_lm_head.pt")
+    refused(
+        head, r"has no medusa_lm_head.safetensors; a medusa_lm_head.pt is never .*load\('medusa_lm_head.pt', weights"
+    )
     refused(write_tiny(tmp_path / "tiny", hidden_size=32), "it has no embedding of its own, and its hidden_size is 32")
     wrong = changed(write_medusa(tmp_path / "beside", beside=True), **{"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)})
     refused(wrong, "fc.weight has shape .64, 192., but the model's config asks for .64, 320.")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from small_heads import LAYERS, VOCAB, write_eagle
 from small_models import llama
 
@@ -16,7 +17,7 @@ from flashspec.drafters.eagle import EagleDrafter
 from flashspec.drafters.heads import head_kind, target_hash
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.engine.arms import default_drafters, make_drafter
-from flashspec.models.base import Vocabulary
+from flashspec.models.base import SharesVocabulary, Vocabulary
 from flashspec.models.loading import LoadedModel, load_model
 from flashspec.models.native import NativeModel
 
@@ -40,7 +41,12 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     (tmp_path / "heads").mkdir()
     folder = write_eagle(tmp_path / "heads" / "one")
     config = json.loads((folder / "config.json").read_text())
-    marks = {"kind": "eagle3", "target": "target", "target_hash": target_hash(loaded.model.vocabulary())}
+    assert isinstance(loaded.model, SharesVocabulary)
+    names = {
+        "target_hash": target_hash(loaded.model.sample()),
+        "target_hash_float16": target_hash(loaded.model.sample(), torch.float16),
+    }
+    marks = {"kind": "eagle3", "target": "target", **names}
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB, "flashspec": marks}))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "heads")
     return loaded
@@ -56,8 +62,8 @@ def test_a_target_gets_its_head_unasked(target: LoadedModel) -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_target_gets_its_head_in_either_precision(target: LoadedModel, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_target_gets_its_head_in_any_precision(target: LoadedModel, tmp_path: Path, dtype: str) -> None:
     assert default_drafters(load_model(tmp_path / "target", dtype=dtype).model) == ["suffix", "eagle3"]
 
 
@@ -75,15 +81,16 @@ def test_a_start_unpacks_the_vocabulary_once(target: LoadedModel, monkeypatch: p
     SpeculativeEngine.from_pretrained(target)
     assert len(asked) == 1
     path = shipped.FOLDER / "one" / "config.json"
-    path.write_text(path.read_text().replace(target_hash(target.model.first_rows()), "0" * 64))
+    path.write_text(path.read_text().replace(target_hash(target.model.sample()), "0" * 64))
     assert default_drafters(target.model) == ["suffix"] and len(asked) == 1
 
 
 def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path: Path) -> None:
     other = llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=96)
-    other.model.norm.weight.data += 0.5
-    model = load_model(other, dtype="float32").model
-    assert shipped_heads(model) == {} and default_drafters(model) == ["suffix"]
+    other.model.layers[2].mlp.down_proj.weight.data *= 1.01
+    for dtype in ("float32", "bfloat16", "float16"):
+        model = load_model(other, dtype=dtype).model
+        assert shipped_heads(model) == {} and default_drafters(model) == ["suffix"]
     with pytest.raises(FlashSpecError, match="no eagle3 head comes with FlashSpec for this target: make one with"):
         SpeculativeEngine.from_pretrained(other, ["eagle3"])
     with pytest.raises(FlashSpecError, match="no medusa head comes"):

@@ -54,6 +54,11 @@ def test_a_training_ends_with_a_table(trained, capsys, tmp_path: Path) -> None: 
         assert figure in shown
 
 
+def test_the_help_says_for_whom_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train-drafter", "--help"]) == 0
+    assert "TARGET is of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2." in capsys.readouterr().out
+
+
 def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Path) -> None:  # type: ignore
     assert run(["train-drafter", "--target", "torn", "--out", str(tmp_path / "o")]) == 130
     assert "--resume goes on in" in capsys.readouterr().err

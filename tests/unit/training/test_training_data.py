@@ -45,7 +45,7 @@ class TestTarget:
     def test_licence_padding_and_hash(self, target: Target, tmp_path: Path) -> None:
         assert target.licence == "apache-2.0"
         assert target.writable_ids == byte_level().get_vocab_size() < target.decoder.vocab_size == 330
-        assert target.hash() == target_hash(target.decoder.vocabulary())
+        assert target.hash() == target_hash(target.decoder.sample())
 
     def test_a_gguf_file(self, tmp_path: Path) -> None:
         model = llama(head_dim=16)
@@ -286,11 +286,28 @@ class TestRollouts:
         assert writer.write([[1]] * 8, 30, whole=whole) == [[4]] * 8
         assert len(taken) == steps
 
+    def test_a_shard_holds_thousands_of_tokens_or_seconds_of_work(self, tmp_path: Path) -> None:
+        folder = RolloutFolder.open(tmp_path / "texts")
+        for index in range(60):
+            folder.add([([1], [index] * 1000, index % 2 == 0)], 1, 0.001)
+        assert folder.shards == 60_000 // 17_000
+        folder.add([([1], [60] * 1000, False)], 1, 5.0)  # a kill loses no more than this
+        assert folder.shards == 4 and RolloutFolder.open(tmp_path / "texts").prompts == 61
+        folder.add([([1], [61] * 1000, False)], 1, 0.5)
+        assert RolloutFolder.open(tmp_path / "texts").prompts == 61
+        folder.flush()
+        again = RolloutFolder.open(tmp_path / "texts")
+        assert (again.prompts, again.tokens, again.shards) == (62, 62_000, 5)
+        assert again.seconds == pytest.approx(folder.seconds)
+        texts = again.load()
+        assert [int(texts.written(index)[0]) for index in range(62)] == list(range(62))
+
     def test_too_little_text(self, tmp_path: Path) -> None:
         folder = RolloutFolder.open(tmp_path / "texts")
         with pytest.raises(FlashSpecError, match="wrote no text in its share of the time"):
             folder.load()
         folder.add([([1], [2, 3, 4, 5], True), ([1], [2], False)], 2, 1.0)  # the second is too short to count
+        folder.flush()
         with pytest.raises(FlashSpecError, match="1 texts are too few"):
             folder.load()
 

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from held_out import tokens_a_step
 from small_models import llama
 
 import flashspec.training.fit
-from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import FlashSpecError
-from flashspec.drafters.heads import load_head
-from flashspec.engine import SpeculativeEngine
 from flashspec.models.checkpoint import read_json
 from flashspec.training import Kind, Outcome, Settings, train_drafter
 from flashspec.training.card import build_head, head_config
 from flashspec.training.files import read_tensors
-from flashspec.training.measure import Measure, summarise
+from flashspec.training.measure import Measure
 from flashspec.training.rollouts import RolloutFolder
 from flashspec.training.target import load_target
 from flashspec.training.vocabulary import DraftVocabulary
@@ -43,6 +41,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("target")
     model = llama(num_hidden_layers=3, vocab_size=100)
     model.lm_head.weight.mul_(6.0)
+    model.save_pretrained(path)
+    return path
+
+
+def revision_of(path: Path) -> Path:
+    """The same target with a little of one layer's query projection changed, as a merged LoRA leaves it."""
+    model = llama(num_hidden_layers=3, vocab_size=100)
+    model.lm_head.weight.mul_(6.0)
+    model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
     model.save_pretrained(path)
     return path
 
@@ -91,26 +98,6 @@ def test_acceptance_rises_and_the_engine_finds_what_was_measured(source: Path, t
     assert last.loss < first.loss - gain
     assert last.length > first.length + gain
     assert tokens_a_step(source, tmp_path / "head") == pytest.approx(last.length, abs=0.1)
-
-
-def tokens_a_step(source: Path, folder: Path) -> float:
-    """Of the head in a folder, by the engine, on the texts that its training held out."""
-    target = load_target(source, "cpu")
-    drafter = load_head(folder, target.loaded.model, "head")
-    config = FlashSpecConfig(device="cpu", sampling=SamplingConfig(temperature=0.0))
-    engine = SpeculativeEngine(config, [drafter], target.loaded, arms=["head:4"])
-    counts = []
-    texts = RolloutFolder.open(folder / "training" / "rollouts").load()
-    for index in texts.held_out.nonzero()[:, 0].tolist():
-        start, length = int(texts.starts[index]), int(texts.lengths[index])
-        text = texts.token_ids[texts.offsets[index] : texts.offsets[index + 1]].tolist()
-        result = engine.generate([text[:start]], length - start)
-        assert result.output_ids[0].tolist() == text[start:]
-        accepted = (step.rows[0].accepted for step in result.steps)
-        while start + 4 <= length:
-            counts.append(next(accepted))
-            start += counts[-1] + 1
-    return summarise(counts, 4)[1]
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["published", "ours"])
@@ -162,8 +149,9 @@ def test_the_texts_of_an_earlier_training(source: Path, tmp_path: Path) -> None:
         train(source, tmp_path / "third", texts=tmp_path)
     other = tmp_path / "other"
     llama(num_hidden_layers=3, vocab_size=101).save_pretrained(other)
-    with pytest.raises(FlashSpecError, match=r"are another target's than"):
-        train(other, tmp_path / "fourth", texts=tmp_path / "first")
+    for another in (other, revision_of(tmp_path / "revision")):
+        with pytest.raises(FlashSpecError, match=r"are another target's than"):
+            train(another, tmp_path / f"for {another.name}", texts=tmp_path / "first")
 
 
 def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
@@ -195,6 +183,19 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(
     assert not train(source, out, replace(SETTINGS, seconds=10.0), resume=True).interrupted
 
 
+def test_a_training_is_saved_after_its_first_look(source: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def progress(what: str, fraction: float | None) -> None:
+        if what.startswith("training"):
+            seen.append(
+                [(tmp_path / "head" / name).exists() for name in ("model.safetensors", "training/state.safetensors")]
+            )
+
+    train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0), progress=progress)
+    assert seen[0] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("kind", "shares"), [(Kind.EAGLE3, True), (Kind.MEDUSA, True), (Kind.EAGLE3, False), (Kind.MEDUSA, False)]
 )
@@ -218,7 +219,9 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
     assert config["flashspec"] == {
         "kind": kind,
         "target": str(source),
+        "revision": "",
         "target_hash": load_target(source, "cpu").hash(),
+        "target_hash_float16": load_target(source, "cpu").float16_hash(),
         "feature_layers": [-1, 0, 1],  # of three layers
         "shares_lm_head": shares,
     }
@@ -263,8 +266,9 @@ class TestPlaces:
         model = llama(num_hidden_layers=3, vocab_size=100)
         model.model.norm.weight.add_(0.5)
         model.save_pretrained(other)
-        with pytest.raises(FlashSpecError, match=r"with other weights than .*: choose another --out"):
-            train(other, tmp_path / "head", resume=True)
+        for another in (other, revision_of(tmp_path / "revision")):
+            with pytest.raises(FlashSpecError, match=r"with other weights than .*: choose another --out"):
+                train(another, tmp_path / "head", resume=True)
 
     def test_other_settings(self, source: Path, tmp_path: Path) -> None:
         train(source, tmp_path / "head", stopped=StopAfter(0))
