@@ -112,24 +112,22 @@ def _weigh(
     row,
     place,
     table,
+    index,
     present,
     best,
     given,
     gamma,
-    ends,
     VARIANT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Write the log-probabilities of what is settled by now, every position's logarithm of the sum of exponentials too.
-    Returns what `_draw` takes."""
-    table_ptr, plane, n_tiles, first = table
+    Returns what `_draw` takes. raw: as from `strided`, then where the two go; index: of its sequences in the table."""
+    table_ptr, plane, n_tiles = table
+    _logits_ptr, _row_stride, _stride, logprobs_ptr, log_totals_ptr = raw
     token, temperature, _heat, _scale, _draft_length, _seed, _length = given
-    logprobs_ptr, log_totals_ptr = ends
     position = tl.arange(0, token.shape[0])
-    top, total, _best, _moment = _combine(
-        table_ptr, plane, first + position, present, n_tiles, LOG2E, "greedy", WIDTH, CHUNKS
-    )
+    top, total, _best, _moment = _combine(table_ptr, plane, index, present, n_tiles, LOG2E, "greedy", WIDTH, CHUNKS)
     log_totals = top + tl.log(total)
     entry = row * (gamma + 1) + position
     if tl.program_id(0) == 0:
@@ -201,10 +199,8 @@ def _verdict_kernel(
     """Grid (slices of a draw, B). The rows were complete when the summary began, so only that is waited for."""
     item, row = tl.program_id(0), tl.program_id(1)
     token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
-    num_accepted_ptr, next_token_ptr, failed_ptr, logprobs_ptr, log_totals_ptr = results
-    sequences = gamma + 1 if draft is None else 2 * gamma + 1
-    if raw is not None:
-        sequences += gamma + 1
+    num_accepted_ptr, next_token_ptr, failed_ptr = results
+    sequences = (gamma + 1 if draft is None else 2 * gamma + 1) + (0 if raw is None else gamma + 1)
     plane = tl.num_programs(1) * sequences * n_tiles
     draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
     temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
@@ -213,8 +209,7 @@ def _verdict_kernel(
     seed, length = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row)
     position = tl.arange(0, POSITIONS)  # [POSITIONS]
     token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
-    present, within = position <= draft_length, position < draft_length
-    index = row * sequences + position
+    present, within, index = position <= draft_length, position < draft_length, row * sequences + position
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -239,8 +234,8 @@ def _verdict_kernel(
     floor = tl.load(floors_ptr + row * (gamma + 1) + num_accepted) if floors_ptr is not None else None
     likely = None
     if raw is not None:
-        table, written = (table_ptr, plane, n_tiles, (row + 1) * sequences - gamma - 1), (logprobs_ptr, log_totals_ptr)
-        likely = _weigh(raw, row, num_accepted, table, present, best, given, gamma, written, VARIANT, WIDTH, CHUNKS)
+        index += sequences - gamma - 1
+        likely = _weigh(raw, row, num_accepted, table, index, present, best, given, gamma, VARIANT, WIDTH, CHUNKS)
     found, ends = (summary, (draft_top, draft_total)), (state_ptr, next_token_ptr)
     _next_token(target, draft, floor, row, num_accepted, found, given, steps, vocab_size, ends, likely, VARIANT)
 
@@ -298,8 +293,7 @@ def verify_logits(
     sequences = positions + (0 if draft is None else gamma) + (0 if likelihoods is None else positions)
     cut = plan(batch_size, sequences, vocab_size, variant, processors(device))
     target = strided(target_logits)
-    raw = None if likelihoods is None else strided(likelihoods.logits)
-    written = (None, None) if likelihoods is None else (likelihoods.tokens, likelihoods.totals)
+    raw = None if likelihoods is None else (*strided(likelihoods.logits), likelihoods.tokens, likelihoods.totals)
     per_row = (draft_token_ids, draft_lengths, seeds, lengths, temperature, floors)
     rows = tuple(None if tensor is None else tensor.contiguous() for tensor in per_row)
     table = torch.empty((4 * cut.n_tiles + 1) * batch_size * sequences, dtype=torch.float32, device=device)
@@ -307,7 +301,7 @@ def verify_logits(
     height = triton.next_power_of_2(positions)
     width = min(triton.next_power_of_2(cut.n_tiles), max(2048 // height, 8))
     common = target, draft, raw, rows, table, state
-    results = num_accepted, next_token, failed, *written
+    results = num_accepted, next_token, failed
     shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
     lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread
     draw_warps = 4 if cut.draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
