@@ -89,6 +89,24 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihoods:
+    """Log-probabilities under raw logits (B, Q, V), without temperature, penalties or cuts.
+
+    tokens: (B, Q) float32, written by a verification, of the tokens that it keeps and the one after them. totals:
+    (B, Q) float32, written as far, the logarithm of the sum of exponentials: what a logit less it is a log-probability.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    totals: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Likelihoods:
+        empty = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+        return cls(logits, empty, torch.empty_like(empty))
+
+
+@dataclass(frozen=True, slots=True)
 class RowStep:
     """One row of one step. drafted >= accepted; emitted counts the tokens that entered the text."""
 

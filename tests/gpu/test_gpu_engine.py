@@ -19,6 +19,7 @@ from torch import Tensor
 from flashspec import FlashSpecConfig, SamplingConfig, SpeculativeEngine
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.drafters.medusa import MedusaDrafter, MedusaHeads
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.base import Features, KVCache
 from flashspec.models.hf import HFModel
@@ -136,6 +137,30 @@ def test_no_step_synchronises(
     assert_no_step_synchronises(engine_of(target, near, arms, temperature=temperature, seed=1), PROMPTS, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3, "top_k": 20, "repetition_penalty": 1.3}],
+    ids=str,
+)
+def test_log_probabilities_are_those_of_transformers(target: Any, near: ModelDrafter, settings: dict[str, Any]) -> None:
+    """Of the raw logits, whatever the settings make of them; the second time every step is a graph."""
+    engine = engine_of(target, near, ["plain", "near:3", "ngram:2"], **settings)
+    for count in (3, 0, 3):
+        result = engine.generate(PROMPTS, 40, logprobs=count)
+        assert result.logprobs is not None
+        for prompt, text, tokens in zip(PROMPTS, rows(result), result.logprobs, strict=True):
+            with torch.inference_mode():
+                logits = target(torch.tensor([prompt + text], device=CUDA)).logits[0, len(prompt) - 1 : -1].float()
+            expected = logits.log_softmax(-1).cpu()  # (40, V)
+            best = expected.topk(count)
+            found = torch.tensor([token.logprob for token in tokens])
+            assert [token.token_id for token in tokens] == text
+            torch.testing.assert_close(found, expected.gather(1, torch.tensor(text)[:, None])[:, 0], rtol=0, atol=1e-3)
+            top = torch.tensor([[value for _, value in token.top] for token in tokens])
+            torch.testing.assert_close(top, best.values, rtol=0, atol=1e-3)
+            assert all(token.logprob == dict(token.top).get(token.token_id, token.logprob) for token in tokens)
+
+
 class Markov(MarkovModel):
     """On the GPU, without anything that reads back."""
 
@@ -159,7 +184,37 @@ class Markov(MarkovModel):
         seen.scatter_(1, positions, token_ids.float())
         last = seen.gather(1, positions).long()
         before = torch.where(positions > 0, seen.gather(1, (positions - 1).clamp(min=0)).long(), 0)
-        return torch.stack([before if num_layers is None else before * 0, last], -1).float()
+        hidden = torch.stack([before if num_layers is None else before * 0, last], -1).float()
+        for layer in features.layers if features else ():
+            features.record(layer, positions, hidden)
+        return hidden
+
+
+def medusa_of(vocab_size: int) -> MedusaDrafter:
+    """Random heads that know all tokens but one, over what they are told of the text."""
+    generator = torch.Generator().manual_seed(6)
+    block = torch.randn(3, 2, 2, generator=generator), torch.randn(3, 2, generator=generator)
+    scores = 0.5 * torch.randn(3, vocab_size - 1, 2, generator=generator)
+    known = torch.arange(1, vocab_size)
+    heads = MedusaHeads(((block[0].to(CUDA), block[1].to(CUDA)),), 2, scores.to(CUDA), part=known.to(CUDA))
+    return MedusaDrafter(heads)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [("rejection", {}), ("rejection", {"temperature": 0.6, "top_k": 4}), ("coupled", {"repetition_penalty": 1.5})],
+    ids=str,
+)
+def test_a_heads_tuples_follow_the_targets_joint_distribution(variant: str, settings: dict[str, Any]) -> None:
+    """10,000 rows in one batch, every step of which the head drafts."""
+    table, prompt = MarkovModel.random(6, seed=3).table, [1, 2, 1, 2, 1]
+    sampling = SamplingConfig(variant=variant, seed=7, **settings)
+    config = FlashSpecConfig(device="cuda", sampling=sampling)
+    engine = SpeculativeEngine(config, [medusa_of(6)], LoadedModel(Markov(table), None, (), "t"), arms=["medusa:3"])
+    result = engine.generate([prompt] * 10_000, 3)
+    exact = joint_distribution(lambda text: MarkovModel(table).next_logits(text), sampling, prompt, 3, 6)
+    assert g_test(torch.tensor(rows(result)), exact) > 0.01 / 3
+    assert 0.05 < result.acceptance_rate < 0.95
 
 
 @pytest.mark.parametrize("variant", ["rejection", "coupled"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from verification import assert_equals_twin, drawn
 
 from flashspec.config import SamplingConfig
-from flashspec.core import Draft
+from flashspec.core import Draft, Likelihoods
 from flashspec.kernels import reference_fused as twins
 from flashspec.sampling.sampler import make_sampler
 
@@ -62,6 +66,42 @@ def test_verdicts_equal_their_twins(variant: str, vocab_size: int, dtype: torch.
             wanted = twins.verify_logits(**arguments)
             assert torch.equal(num_accepted, wanted[0]) and torch.equal(next_token, wanted[1]) and not failed.any()
             assert ((next_token >= 0) & (next_token < vocab_size)).all()
+
+
+@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("variant", ["rejection", "coupled", "typical", "greedy"])
+def test_verdicts_of_drawn_problems_equal_their_twins(variant: str, case: int) -> None:
+    """Shapes, dtypes, strides, vocabulary edges; log-probabilities too, of other logits in half of the cases."""
+    assert_equals_twin(drawn(case, "cuda", 20_000_000, 600), variant)
+
+
+def launches(work: Callable[[], object]) -> list[str]:
+    """What the device runs for it."""
+    work()  # compiles
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("variant", ["rejection", "coupled", "typical", "greedy"])
+def test_a_verdict_takes_two_launches_and_cuts_one_more(variant: str, rows: int) -> None:
+    """From raw logits to tokens and their log-probabilities."""
+    arguments = problem(rows, 4, 32_000, torch.float32, False, 1)
+    logits, heat = arguments["target_logits"], arguments["temperature"]
+    limits = torch.full((rows,), 20, device=DEVICE), torch.full((rows,), 0.95, device=DEVICE)
+    likelihoods = Likelihoods.of(logits)
+
+    def verify(cut: bool, likelihoods: Likelihoods | None) -> None:
+        floors = kernels.cut_floors(logits, heat, *limits) if cut else None
+        kernels.verify_logits(**arguments, variant=variant, floors=floors, likelihoods=likelihoods)
+
+    for cut in (False, True):
+        for asked in (None, likelihoods):
+            names = launches(lambda cut=cut, asked=asked: verify(cut, asked))
+            assert len(names) == 2 + cut, names
 
 
 @pytest.mark.parametrize("vocab_size", [100, 8193, 151_936])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashspec.core import FinishReason, TokenLogprobs
+from flashspec.core import FinishReason, Likelihoods, TokenLogprobs
 from flashspec.kernels.reference_fused import HEAD  # columns ahead of the tokens
 
 
@@ -34,11 +34,14 @@ class Logprobs:
     top: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, count: int) -> Logprobs:
-        """logits: (B, γ + 1, V) of the target, token_ids: (B, γ + 1) int64."""
-        logprobs = logits.log_softmax(-1)
-        top = logprobs.topk(min(count, logits.shape[-1]), dim=-1)
-        return cls(token_ids, logprobs.gather(-1, token_ids[..., None])[..., 0], top.indices, top.values)
+    def of(cls, likelihoods: Likelihoods, token_ids: Tensor, count: int) -> Logprobs:
+        """likelihoods: as a verification left them, token_ids: (B, γ + 1) int64, what it kept."""
+        logits, chosen = likelihoods.logits, likelihoods.tokens
+        if count == 0:
+            none = chosen.new_empty(*chosen.shape, 0)
+            return cls(token_ids, chosen, none.long(), none)
+        top = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        return cls(token_ids, chosen, top.indices, top.values.float() - likelihoods.totals[..., None])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Logprobs:
         return Logprobs(*(change(tensor) for tensor in (self.token_ids, self.chosen, self.top_ids, self.top)))

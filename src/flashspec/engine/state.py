@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashspec.core import Draft, FinishReason, Verdict
+from flashspec.core import Draft, FinishReason, Likelihoods, Verdict
 from flashspec.engine.outcome import Logprobs, Outcome
 from flashspec.engine.prefix import PrefixCache, shared_length
 from flashspec.kernels import commit, window
@@ -182,10 +182,14 @@ class DecodeState:
         token_ids, positions = window(self.tokens, self.lengths, draft.token_ids, capacity, reader.cached)
         return reader.model.logits(reader.feed(token_ids, positions, bound))
 
-    def commit(self, draft: Draft, verdict: Verdict, failed: Tensor, logits: Tensor) -> Outcome:
+    def likelihoods(self, logits: Tensor) -> Likelihoods | None:
+        """For a verification to fill, where log-probabilities are asked for."""
+        return None if self.num_logprobs is None else Likelihoods.of(logits)
+
+    def commit(self, draft: Draft, verdict: Verdict, failed: Tensor, likelihoods: Likelihoods | None) -> Outcome:
         """Append what was accepted and the token after it, up to a stop token or the row's limit; move the lengths.
 
-        failed: (B,) bool, rows whose logits (B, γ + 1, V) are not finite: they end behind what was accepted."""
+        failed: (B,) bool, rows whose logits are not finite: they end behind what was accepted."""
         packed = commit(
             draft.token_ids,
             draft.lengths,
@@ -200,7 +204,7 @@ class DecodeState:
             self.cached,
         )
         outcome = Outcome(packed)
-        if self.num_logprobs is not None:
-            outcome.logprobs = Logprobs.of(logits, outcome.token_ids, self.num_logprobs)
+        if likelihoods is not None and self.num_logprobs is not None:
+            outcome.logprobs = Logprobs.of(likelihoods, outcome.token_ids, self.num_logprobs)
         self.sampler.transforms.count(outcome.token_ids, outcome.num_emitted)
         return outcome

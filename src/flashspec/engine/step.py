@@ -17,5 +17,6 @@ def verify(state: DecodeState, draft: Draft) -> Outcome:
     """The part of a step that follows a draft, whoever wrote it."""
     draft = draft.to(state.tokens.device)
     logits = state.score(draft)  # (B, γ + 1, V)
-    verdict, failed = state.sampler.verify(logits, draft, state.lengths)  # num_accepted, next_token (B,)
-    return state.commit(draft, verdict, failed, logits)
+    likelihoods = state.likelihoods(logits)  # None unless log-probabilities are asked for
+    verdict, failed = state.sampler.verify(logits, draft, state.lengths, likelihoods)  # num_accepted, next_token (B,)
+    return state.commit(draft, verdict, failed, likelihoods)

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from flashspec.core import Draft
+from flashspec.core import Draft, Likelihoods
 from flashspec.kernels import native_build, native_choose, native_step, native_verify, reference, reference_fused
+from flashspec.kernels.checks import check, check_counter, check_ids_on_cpu, check_written
 
 __all__ = [
     "TRITON_AVAILABLE",
@@ -55,11 +56,11 @@ def verify_tokens(
     if len(shape) != 3 or shape[2] < 1:
         raise ValueError(f"draft_logprobs should be (B, γ, V) with V >= 1: got shape {shape}")
     device = draft_logprobs.device
-    _check("draft_logprobs", draft_logprobs, shape, _LOGPROB_DTYPES, device)
-    _check("target_logprobs", target_logprobs, shape, _LOGPROB_DTYPES, device)
-    _check("u", u, shape[:2], (torch.float32,), device)
-    _check("draft_token_ids", draft_token_ids, shape[:2], (torch.int64,), device)
-    _check_ids_on_cpu(draft_token_ids, draft_logprobs)
+    check("draft_logprobs", draft_logprobs, shape, _LOGPROB_DTYPES, device)
+    check("target_logprobs", target_logprobs, shape, _LOGPROB_DTYPES, device)
+    check("u", u, shape[:2], (torch.float32,), device)
+    check("draft_token_ids", draft_token_ids, shape[:2], (torch.int64,), device)
+    check_ids_on_cpu(draft_token_ids, draft_logprobs)
     if _use_triton(device):
         from flashspec.kernels import verify
 
@@ -72,8 +73,8 @@ def gather_accepted(token_ids: Tensor, first_rejection: Tensor) -> Tensor:
     first_rejection[b] tokens, -1 after them."""
     if token_ids.dim() != 2:
         raise ValueError(f"token_ids should be (B, γ): got shape {tuple(token_ids.shape)}")
-    _check("token_ids", token_ids, tuple(token_ids.shape), (torch.int64,), token_ids.device)
-    _check("first_rejection", first_rejection, token_ids.shape[:1], _INDEX_DTYPES, token_ids.device)
+    check("token_ids", token_ids, tuple(token_ids.shape), (torch.int64,), token_ids.device)
+    check("first_rejection", first_rejection, token_ids.shape[:1], _INDEX_DTYPES, token_ids.device)
     if _use_triton(token_ids.device):
         from flashspec.kernels import gather
 
@@ -87,7 +88,7 @@ def philox_uniform(seeds: Tensor, positions: Tensor, purpose: int) -> Tensor:
     A function of (seed, position, purpose): an odd multiple of 2^-24, so 0 < u < 1. Kernel and twin give the
     same bits. It shares its hash with token 0 of `philox_gumbel`, so the two need different purposes.
     """
-    _check_counter(seeds, positions, purpose)
+    check_counter(seeds, positions, purpose)
     if _use_triton(positions.device):
         from flashspec.kernels import noise
 
@@ -102,7 +103,7 @@ def philox_gumbel(seeds: Tensor, positions: Tensor, purpose: int, vocab_size: in
     u a multiple of 2^-32: log1p keeps apart the small u that make the large g, so g ends at 22.9, not at the
     16.6 of a float32 uniform near 1. Kernel and twin share u; their g differ by rounding only.
     """
-    _check_counter(seeds, positions, purpose)
+    check_counter(seeds, positions, purpose)
     if vocab_size < 1:
         raise ValueError(f"vocab_size should be at least 1: got {vocab_size}")
     if _use_triton(positions.device):
@@ -126,8 +127,9 @@ def verify_logits(
     floors: Tensor | None = None,
     epsilon: float = 0.0,
     delta: float = 0.0,
+    likelihoods: Likelihoods | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole verification from raw logits, in two launches.
+    """A whole verification from raw logits, log-probabilities included, in two launches; floors are one more.
 
     target_logits: (B, γ + 1, V) float32, bfloat16 or float16; position i decides text position lengths + i.
     draft_token_ids: (B, γ) int64, of which row b proposes the first draft_lengths[b], (B,) int64.
@@ -140,6 +142,8 @@ def verify_logits(
     what the target draws with the noise that the drafter used, so the text depends on no draft); 'greedy', which is the
     latter without noise and reads no temperature; 'typical' (Cai et al. 2024, Medusa; lossy), which keeps a draft token
     x while p(x) > min(epsilon, delta * exp(-entropy(p))) and draws the next one from p.
+    likelihoods: None, or of logits (B, γ + 1, V), whatever target_logits were shifted by; written up to and with the
+    next token, what lies behind it means nothing.
     Returns num_accepted (B,) int64, next_token (B,) int64 in [0, V), and failed (B,) bool: rows whose next_token
     means nothing, since the position behind the accepted tokens holds NaN or +inf, or nothing but -inf. A draft token
     outside [0, V) is rejected; so is one whose weights are not finite, and the next token is then drawn from the target
@@ -151,25 +155,34 @@ def verify_logits(
     if variant not in _VARIANTS:
         raise ValueError(f"variant should be one of {', '.join(_VARIANTS)}: got {variant!r}")
     batch_size, gamma, device = shape[0], shape[1] - 1, target_logits.device
-    _check("target_logits", target_logits, shape, _LOGIT_DTYPES, device)
-    _check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
+    check("target_logits", target_logits, shape, _LOGIT_DTYPES, device)
+    check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
     if draft_weights is not None:
-        _check("draft_weights", draft_weights, (batch_size, gamma, shape[2]), _LOGIT_DTYPES, device)
+        check("draft_weights", draft_weights, (batch_size, gamma, shape[2]), _LOGIT_DTYPES, device)
     for name, rows in (("draft_lengths", draft_lengths), ("seeds", seeds), ("lengths", lengths)):
-        _check(name, rows, (batch_size,), (torch.int64,), device)
-    _check("temperature", temperature, (batch_size,), (torch.float32,), device)
+        check(name, rows, (batch_size,), (torch.int64,), device)
+    check("temperature", temperature, (batch_size,), (torch.float32,), device)
     if floors is not None:
-        _check("floors", floors, (batch_size, gamma + 1), (torch.float32,), device)
+        check("floors", floors, (batch_size, gamma + 1), (torch.float32,), device)
+    if likelihoods is not None:
+        check("likelihoods.logits", likelihoods.logits, shape, _LOGIT_DTYPES, device)
+        for name, written in (("tokens", likelihoods.tokens), ("totals", likelihoods.totals)):
+            check(f"likelihoods.{name}", written, shape[:2], (torch.float32,), device)
+            check_written(f"likelihoods.{name}", written)
     tensors = target_logits, draft_token_ids, draft_lengths, draft_weights, seeds, lengths, temperature
     if _use_triton(device):
         from flashspec.kernels import fused
 
-        return fused.verify_logits(*tensors, variant, floors, epsilon, delta)
+        return fused.verify_logits(*tensors, variant, floors, epsilon, delta, likelihoods)
     native = _use_native(*(tensor for tensor in (*tensors, floors) if tensor is not None))
     if native and variant != "typical":
-        return native_verify.verify_logits(*tensors, variant, floors)
-    gumbel = native_verify.philox_gumbel if native else reference.philox_gumbel
-    return reference_fused.verify_logits(*tensors, variant, floors, epsilon, delta, gumbel)
+        verdict = native_verify.verify_logits(*tensors, variant, floors)
+    else:
+        gumbel = native_verify.philox_gumbel if native else reference.philox_gumbel
+        verdict = reference_fused.verify_logits(*tensors, variant, floors, epsilon, delta, gumbel)
+    if likelihoods is not None:
+        reference_fused.weigh(likelihoods, draft_token_ids, *verdict[:2])
+    return verdict
 
 
 def cut_floors(
@@ -190,7 +203,7 @@ def cut_floors(
     """
     if logits.dim() != 3 or logits.shape[2] < 1:
         raise ValueError(f"logits should be (B, Q, V) with V >= 1: got shape {tuple(logits.shape)}")
-    _check("logits", logits, tuple(logits.shape), _LOGIT_DTYPES, logits.device)
+    check("logits", logits, tuple(logits.shape), _LOGIT_DTYPES, logits.device)
     for name, rows, dtype in (
         ("temperature", temperature, torch.float32),
         ("top_k", top_k, torch.int64),
@@ -198,7 +211,7 @@ def cut_floors(
         ("min_p", min_p, torch.float32),
     ):
         if rows is not None:
-            _check(name, rows, logits.shape[:1], (dtype,), logits.device)
+            check(name, rows, logits.shape[:1], (dtype,), logits.device)
     if _use_triton(logits.device):
         from flashspec.kernels import cut
 
@@ -234,7 +247,7 @@ def choose_tokens(
     (rows, size), gamma, device = logits.shape, draft.token_ids.shape[-1], logits.device
     if draft.faulty is None or not 0 <= offset < gamma:
         raise ValueError(f"draft of {gamma} tokens should have faulty (B,), and a place for token {offset}")
-    _check("logits", logits, (rows, size), _LOGIT_DTYPES, device)
+    check("logits", logits, (rows, size), _LOGIT_DTYPES, device)
     for name, tensor, shape, dtype in (
         ("draft.token_ids", draft.token_ids, (rows, gamma), torch.int64),
         ("draft.lengths", draft.lengths, (rows,), torch.int64),
@@ -248,9 +261,9 @@ def choose_tokens(
         ("floors", floors, (rows,), torch.float32),
     ):
         if tensor is not None:
-            _check(name, tensor, shape, (dtype,), device)
-            if name.startswith("draft") and not tensor.is_contiguous():
-                raise ValueError(f"{name} is written in place and should be contiguous: got strides {tensor.stride()}")
+            check(name, tensor, shape, (dtype,), device)
+            if name.startswith("draft"):
+                check_written(name, tensor)
     run = reference_fused.choose_tokens
     if _use_triton(device):
         from flashspec.kernels.choose import choose_tokens as run
@@ -272,8 +285,8 @@ def look_up(
     """
     if tokens.dim() != 2 or tokens.stride(1) != 1:
         raise ValueError(f"tokens should be (B, T), a row's tokens side by side: got shape {tuple(tokens.shape)}")
-    _check("tokens", tokens, tuple(tokens.shape), (torch.int64,), tokens.device)
-    _check("lengths", lengths, tuple(tokens.shape[:1]), (torch.int64,), tokens.device)
+    check("tokens", tokens, tuple(tokens.shape), (torch.int64,), tokens.device)
+    check("lengths", lengths, tuple(tokens.shape[:1]), (torch.int64,), tokens.device)
     if not (1 <= min_ngram <= max_ngram and length >= 1):
         raise ValueError(
             f"length and min_ngram <= max_ngram should be at least 1: got {length}, {min_ngram}, {max_ngram}"
@@ -309,10 +322,10 @@ def commit(
     Returns (B, 5 + γ + 1) int64: drafted, accepted, emitted, finish, faulty, then tokens, of which `emitted` count.
     """
     (batch_size, gamma), device = token_ids.shape, token_ids.device
-    _check("token_ids", token_ids, (batch_size, gamma), (torch.int64,), device)
-    _check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
-    _check("stop_ids", stop_ids, (batch_size, stop_ids.shape[-1]), (torch.int64,), device)
-    _check("cached", cached, (cached.shape[0], batch_size), (torch.int64,), device)
+    check("token_ids", token_ids, (batch_size, gamma), (torch.int64,), device)
+    check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
+    check("stop_ids", stop_ids, (batch_size, stop_ids.shape[-1]), (torch.int64,), device)
+    check("cached", cached, (cached.shape[0], batch_size), (torch.int64,), device)
     for name, rows in (
         ("draft_lengths", draft_lengths),
         ("num_accepted", num_accepted),
@@ -321,13 +334,12 @@ def commit(
         ("limits", limits),
         ("finish", finish),
     ):
-        _check(name, rows, (batch_size,), (torch.int64,), device)
+        check(name, rows, (batch_size,), (torch.int64,), device)
     for name, flags in (("failed", failed), ("faulty", faulty)):
         if flags is not None:
-            _check(name, flags, (batch_size,), (torch.bool,), device)
+            check(name, flags, (batch_size,), (torch.bool,), device)
     for name, written in (("tokens", tokens[:1]), ("lengths", lengths), ("finish", finish), ("cached", cached)):
-        if not written.is_contiguous():
-            raise ValueError(f"{name} is written in place and should be contiguous: got strides {written.stride()}")
+        check_written(name, written)
     arguments = (token_ids, draft_lengths, num_accepted, next_token, failed, faulty)
     if _use_triton(device):
         from flashspec.kernels import append
@@ -348,10 +360,10 @@ def window(
     latter below `capacity`.
     """
     (batch_size, gamma), device = draft_token_ids.shape, tokens.device
-    _check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
-    _check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
+    check("draft_token_ids", draft_token_ids, (batch_size, gamma), (torch.int64,), device)
+    check("tokens", tokens, (batch_size, tokens.shape[-1]), (torch.int64,), device)
     for name, rows in (("lengths", lengths), ("cached", cached)):
-        _check(name, rows, (batch_size,), (torch.int64,), device)
+        check(name, rows, (batch_size,), (torch.int64,), device)
     if _use_triton(device):
         from flashspec.kernels import score
 
@@ -370,32 +382,3 @@ def _use_native(*tensors: Tensor) -> bool:
     return (
         all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors) and native_build.available()
     )
-
-
-def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} should have shape {tuple(shape)}: got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} should be {' or '.join(map(str, dtypes))}: got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} should be on {device}: got {tensor.device}")
-
-
-def _check_counter(seeds: Tensor, positions: Tensor, purpose: int) -> None:
-    if positions.dim() != 2:
-        raise ValueError(f"positions should be (B, Q): got shape {tuple(positions.shape)}")
-    _check("positions", positions, tuple(positions.shape), (torch.int64,), positions.device)
-    _check("seeds", seeds, tuple(positions.shape[:1]), (torch.int64,), positions.device)
-    if not 0 <= purpose < 2**32:
-        raise ValueError(f"purpose should be in [0, 2^32): got {purpose}")
-
-
-def _check_ids_on_cpu(token_ids: Tensor, logprobs: Tensor) -> None:
-    """A CPU's gather looks at every id itself, without the read-back that fake tensors forbid."""
-    if token_ids.device.type == "cpu":
-        try:
-            logprobs.gather(2, token_ids.unsqueeze(2))
-        except RuntimeError as error:
-            raise ValueError(f"draft_token_ids should be in [0, {logprobs.shape[2]}): {error}") from None

@@ -149,9 +149,12 @@ def _race(target, floor, draft_ptr, draft, rejected, seed, position, start, step
 
 
 @triton.jit
-def _draw(target, floor, draft_ptr, draft, rejected, seed, position, steps, vocab_size, state_ptr, next_token_ptr):
+def _draw(
+    target, floor, draft_ptr, draft, rejected, seed, position, steps, vocab_size, state_ptr, next_token_ptr, likely
+):
     """This program's slice of a row's race; the program that comes last writes the token. state: best so far, how many
-    have come."""
+    have come. likely: None, or pointer to the raw logits, the logarithm of their sum of exponentials, and where the
+    token's log-probability goes."""
     start = tl.program_id(0) * steps * STEP
     key = _race(target, floor, draft_ptr, draft, rejected, seed, position, start, steps, vocab_size)
     tl.atomic_max(state_ptr, key, sem="relaxed")
@@ -160,4 +163,8 @@ def _draw(target, floor, draft_ptr, draft, rejected, seed, position, steps, voca
         if (key >> 32) == 0:  # p = q up to rounding: a rejection that exact arithmetic cannot have
             all_steps = tl.cdiv(vocab_size, STEP)
             key = _race(target, floor, None, (0.0, 0.0, -1), rejected, seed, position, 0, all_steps, vocab_size)
-        tl.store(next_token_ptr, 0x7FFFFFFF - (key & 0x7FFFFFFF))
+        token = 0x7FFFFFFF - (key & 0x7FFFFFFF)
+        tl.store(next_token_ptr, token)
+        if likely is not None:
+            raw_ptr, log_total, logprob_ptr = likely
+            tl.store(logprob_ptr, tl.load(raw_ptr + token).to(tl.float32) - log_total)

@@ -2,7 +2,8 @@
 
 Two launches. The first summarises tiles of every position's logits. In the second every program decides its row from
 the summaries, and draws the next token from a slice of the one position that needs a draw; the program that comes last
-writes it. The first launch zeroes what the second counts with, so a call leaves no state behind.
+writes it. The first launch zeroes what the second counts with, so a call leaves no state behind. Log-probabilities take
+further sequences of the same launches: they are of the raw logits, which penalties and temperatures leave alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashspec.core import Likelihoods
 from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
@@ -99,7 +101,46 @@ def _test(
 
 
 @triton.jit
-def _next_token(target, draft, floor, row, place, found, given, steps, vocab_size, ends, VARIANT: tl.constexpr):
+def _settled(temperature, VARIANT: tl.constexpr):
+    """Whether the next token is the best one, without a draw."""
+    return (VARIANT == "coupled") | (VARIANT == "greedy") | (temperature == 0)
+
+
+@triton.jit
+def _weigh(
+    raw,
+    row,
+    place,
+    table,
+    index,
+    present,
+    best,
+    given,
+    gamma,
+    VARIANT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Write the log-probabilities of what is settled by now, every position's logarithm of the sum of exponentials too.
+    Returns what `_draw` takes. raw: as from `strided`, then where the two go; index: of its sequences in the table."""
+    table_ptr, plane, n_tiles = table
+    _logits_ptr, _row_stride, _stride, logprobs_ptr, log_totals_ptr = raw
+    token, temperature, _heat, _scale, _draft_length, _seed, _length = given
+    position = tl.arange(0, token.shape[0])
+    top, total, _best, _moment = _combine(table_ptr, plane, index, present, n_tiles, LOG2E, "greedy", WIDTH, CHUNKS)
+    log_totals = top + tl.log(total)
+    entry = row * (gamma + 1) + position
+    if tl.program_id(0) == 0:
+        known = position < place + _settled(temperature, VARIANT).to(tl.int32)
+        kept = tl.where(position < place, token, best)
+        logit = tl.load(_row_at(raw, row, position) + kept, mask=known, other=0.0).to(tl.float32)
+        tl.store(log_totals_ptr + entry, log_totals, mask=present)
+        tl.store(logprobs_ptr + entry, logit - log_totals, mask=known)
+    return _row_at(raw, row, place), _at(log_totals, position, place), logprobs_ptr + row * (gamma + 1) + place
+
+
+@triton.jit
+def _next_token(target, draft, floor, row, place, found, given, steps, vocab_size, ends, likely, VARIANT: tl.constexpr):
     """Write the token at the first place that did not pass: the best one, or one drawn together with other programs.
 
     found: (the target's summary, the draft's maxima and sums); given: as in `_test`."""
@@ -112,7 +153,7 @@ def _next_token(target, draft, floor, row, place, found, given, steps, vocab_siz
     draft_ptr = None
     if draft is not None:
         draft_ptr = _row_at(draft, row, place)
-    if (VARIANT == "coupled") | (VARIANT == "greedy") | (temperature == 0):
+    if _settled(temperature, VARIANT):
         if tl.program_id(0) == 0:
             tl.store(next_token_ptr + row, _at(best, position, place).to(tl.int64))
     else:
@@ -130,6 +171,7 @@ def _next_token(target, draft, floor, row, place, found, given, steps, vocab_siz
             vocab_size,
             state_ptr + 2 * row,
             next_token_ptr + row,
+            likely,
         )
 
 
@@ -137,6 +179,7 @@ def _next_token(target, draft, floor, row, place, found, given, steps, vocab_siz
 def _verdict_kernel(
     target,
     draft,
+    raw,
     rows,
     table_ptr,
     state_ptr,
@@ -157,7 +200,7 @@ def _verdict_kernel(
     item, row = tl.program_id(0), tl.program_id(1)
     token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
     num_accepted_ptr, next_token_ptr, failed_ptr = results
-    sequences = gamma + 1 if draft is None else 2 * gamma + 1
+    sequences = (gamma + 1 if draft is None else 2 * gamma + 1) + (0 if raw is None else gamma + 1)
     plane = tl.num_programs(1) * sequences * n_tiles
     draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
     temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
@@ -166,8 +209,7 @@ def _verdict_kernel(
     seed, length = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row)
     position = tl.arange(0, POSITIONS)  # [POSITIONS]
     token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
-    present, within = position <= draft_length, position < draft_length
-    index = row * sequences + position
+    present, within, index = position <= draft_length, position < draft_length, row * sequences + position
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -190,8 +232,12 @@ def _verdict_kernel(
         tl.store(num_accepted_ptr + row, num_accepted.to(tl.int64))
         tl.store(failed_ptr + row, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
     floor = tl.load(floors_ptr + row * (gamma + 1) + num_accepted) if floors_ptr is not None else None
+    likely = None
+    if raw is not None:
+        index += sequences - gamma - 1
+        likely = _weigh(raw, row, num_accepted, table, index, present, best, given, gamma, VARIANT, WIDTH, CHUNKS)
     found, ends = (summary, (draft_top, draft_total)), (state_ptr, next_token_ptr)
-    _next_token(target, draft, floor, row, num_accepted, found, given, steps, vocab_size, ends, VARIANT)
+    _next_token(target, draft, floor, row, num_accepted, found, given, steps, vocab_size, ends, likely, VARIANT)
 
 
 class Plan(NamedTuple):
@@ -235,6 +281,7 @@ def verify_logits(
     floors: Tensor | None = None,
     epsilon: float = 0.0,
     delta: float = 0.0,
+    likelihoods: Likelihoods | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, positions, vocab_size = target_logits.shape
     gamma, device = positions - 1, target_logits.device
@@ -243,16 +290,17 @@ def verify_logits(
     if not batch_size:
         return num_accepted, next_token, failed
     draft = strided(draft_weights) if draft_weights is not None and gamma > 0 and variant == "rejection" else None
-    sequences = positions + (0 if draft is None else gamma)
+    sequences = positions + (0 if draft is None else gamma) + (0 if likelihoods is None else positions)
     cut = plan(batch_size, sequences, vocab_size, variant, processors(device))
     target = strided(target_logits)
+    raw = None if likelihoods is None else (*strided(likelihoods.logits), likelihoods.tokens, likelihoods.totals)
     per_row = (draft_token_ids, draft_lengths, seeds, lengths, temperature, floors)
     rows = tuple(None if tensor is None else tensor.contiguous() for tensor in per_row)
     table = torch.empty((4 * cut.n_tiles + 1) * batch_size * sequences, dtype=torch.float32, device=device)
     state = torch.empty(batch_size, 2, dtype=torch.int64, device=device)
     height = triton.next_power_of_2(positions)
     width = min(triton.next_power_of_2(cut.n_tiles), max(2048 // height, 8))
-    common = target, draft, rows, table, state
+    common = target, draft, raw, rows, table, state
     results = num_accepted, next_token, failed
     shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
     lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashspec.core import Draft, FinishReason
+from flashspec.core import Draft, FinishReason, Likelihoods
 from flashspec.kernels.reference import philox_gumbel, philox_uniform, verify_tokens
 
 ACCEPT, RECOVER, TOKEN = 1, 2, 3  # what a draw is for: sampling.noise.Purpose
@@ -60,6 +60,15 @@ def verify_logits(
         next_token = torch.where(greedy[:, 0], next_token, (residual.log() + noise).argmax(-1))
     failed = ((offsets <= chosen) & ~finite).any(1)
     return num_accepted, next_token, failed
+
+
+def weigh(likelihoods: Likelihoods, draft_token_ids: Tensor, num_accepted: Tensor, next_token: Tensor) -> None:
+    logits, last = likelihoods.logits, num_accepted[:, None]  # (B, γ + 1, V), (B, 1)
+    kept = torch.cat([draft_token_ids, next_token[:, None]], 1).scatter(1, last, next_token[:, None])
+    index = kept.clamp(0, logits.shape[2] - 1)[..., None]  # a draft's tokens behind the kept ones may be any
+    totals = logits.float().logsumexp(-1)
+    likelihoods.totals.copy_(totals.masked_fill(totals == -NEVER, float("nan")))
+    likelihoods.tokens.copy_(logits.gather(2, index)[..., 0].float() - likelihoods.totals)
 
 
 def _test(weights: Tensor, token_ids: Tensor, draft_weights: Tensor | None, uniform: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def _carry(moments, totals, shift):
 def _summary_kernel(
     target,
     draft,
+    raw,
     rows,
     table_ptr,
     state_ptr,
@@ -86,9 +87,10 @@ def _summary_kernel(
     LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (tiles, sequences, B); sequences: γ + 1 of the target, then γ drafted. Writes a tile's maximum, sum, best
-    token and moment to table (4, B, sequences, tiles), behind it a sequence's logit of the draft token, and zeroes the
-    state. SKIP leaves out what no verdict can need: a load ahead of the logits' that pays for ragged batches."""
+    """Grid (tiles, sequences, B); sequences: γ + 1 of the target, then γ drafted, then γ + 1 raw, each if it is there.
+    Writes a tile's maximum, sum, best token and moment to table (4, B, sequences, tiles), behind it a sequence's logit
+    of the draft token, and zeroes the state. SKIP leaves out what no verdict can need: a load ahead of the logits' that
+    pays for ragged batches."""
     tile, sequence, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
     if OVERLAP:
@@ -97,8 +99,14 @@ def _summary_kernel(
     sequences, n_tiles = tl.num_programs(1), tl.num_programs(0)
     index = row * sequences + sequence
     plane = tl.num_programs(2) * sequences * n_tiles
+    is_raw = False
     is_draft = sequence > gamma
     position = tl.where(is_draft, sequence - gamma - 1, sequence)
+    if raw is not None:
+        first_raw = sequences - gamma - 1
+        is_raw = sequence >= first_raw
+        is_draft &= sequence < first_raw
+        position = tl.where(is_raw, sequence - first_raw, position)
     temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
     floor = tl.load(floors_ptr + row * (gamma + 1) + position) if floors_ptr is not None else None
     scale = 1.0 / tl.maximum(temperature, MIN_HEAT) * LOG2E
@@ -110,15 +118,20 @@ def _summary_kernel(
         draft_length = tl.load(draft_lengths_ptr + row)
         needed = position < tl.where(is_draft, tl.where(temperature == 0, 0, draft_length), draft_length + 1)
     if needed:
-        if VARIANT == "coupled":
+        start = tile * steps * (STEP if VARIANT == "coupled" else TILE)
+        if raw is not None and is_raw:
+            raw_ptr = raw[0] + row.to(tl.int64) * raw[1] + position.to(tl.int64) * raw[2]
+            end, raw_steps = vocab_size, steps
+            if VARIANT == "coupled":  # its pieces are no whole tiles
+                end, raw_steps = tl.minimum(start + steps * STEP, vocab_size), tl.cdiv(steps * STEP, TILE)
+            top, total, best, moment = _softmax_tile(raw_ptr, None, LOG2E, start, raw_steps, end, False, False, LANES)
+        elif VARIANT == "coupled":
             seed, place = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row) + position
-            start = tile * steps * STEP
             best, top, _top = _gumbel_race(
                 target_ptr, None, None, floor, temperature, seed, place, FOR_TOKEN, start, steps, vocab_size
             )
             total = 1.0
         else:
-            start = tile * steps * TILE
             token = tl.load(token_ids_ptr + row * gamma + position, mask=(tile == 0) & (position < gamma), other=-1)
             known = (token >= 0) & (token < vocab_size)
             if draft is not None and is_draft:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashspec.config import SamplingConfig
-from flashspec.core import Draft, Verdict
+from flashspec.core import Draft, Likelihoods, Verdict
 from flashspec.kernels import choose_tokens, verify_logits
 from flashspec.sampling.noise import Purpose
 from flashspec.sampling.processors import NEVER, Transforms
@@ -89,9 +89,12 @@ class Sampler:
             least,
         )
 
-    def verify(self, logits: Tensor, draft: Draft, lengths: Tensor) -> tuple[Verdict, Tensor]:
-        """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens. Returns the
-        verdict, and (B,) bool: rows that it means nothing for, since logits it rests on are not finite."""
+    def verify(
+        self, logits: Tensor, draft: Draft, lengths: Tensor, likelihoods: Likelihoods | None = None
+    ) -> tuple[Verdict, Tensor]:
+        """logits: (B, γ + 1, V) of the target after each of the last committed token and the draft tokens; likelihoods:
+        of the same, written. Returns the verdict, and (B,) bool: rows that it means nothing for, since logits it rests
+        on are not finite."""
         config, transforms = self.config, self.transforms
         if transforms.shifts:
             positions = lengths[:, None] + torch.arange(logits.shape[1], device=logits.device)  # (B, γ + 1), decided
@@ -108,6 +111,7 @@ class Sampler:
             None if transforms.all_greedy else transforms.floors(logits),
             config.typical_epsilon,
             config.typical_delta,
+            likelihoods,
         )
         return Verdict(num_accepted, next_token), failed
 
