@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -75,9 +77,35 @@ class MetricsConfig(_Config):
     latency_window: int = Field(1000, ge=1)
 
 
-def default_device() -> str:
+@functools.cache
+def gpu_fault() -> str:
+    """What keeps a torch that is built for CUDA from the GPUs of this machine; '' where nothing does."""
     import torch
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own words for it
+        if torch.version.cuda is None or torch.cuda.is_available():
+            return ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).partition(". ")[0]
+        if reason != "No CUDA GPUs are available":
+            return (
+                f"torch is built for CUDA {torch.version.cuda}, but {reason[0].lower()}{reason[1:]}: "
+                "install the latest NVIDIA driver, or from pytorch.org a torch that suits this machine"
+            )
+    return ""
+
+
+@functools.cache
+def default_device() -> str:
+    """The first GPU, else the CPU; where a GPU cannot be used a warning says why, once."""
+    import torch
+
+    fault = gpu_fault()
+    if fault and "no NVIDIA driver" not in fault:  # which a machine without a GPU need not have
+        warnings.warn(f"the CPU is used: {fault}", RuntimeWarning, stacklevel=2)
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -322,6 +323,63 @@ def test_other_models_are_captured_through_the_adapter(name: str, arms: list[str
         warnings.simplefilter("error", RuntimeWarning)  # what cannot be captured warns
         for _ in range(2):
             assert rows(engine.generate(PROMPTS, 60)) == expected
+
+
+def is_graph(work: Any) -> bool:
+    return isinstance(getattr(work, "__self__", None), torch.cuda.CUDAGraph)
+
+
+class Asking(Drafter):
+    """Has the host read a value in the middle of a draft."""
+
+    name = "asking"
+
+    def start(self, context: DraftContext) -> Proposer:
+        class Proposes(Proposer):
+            def propose(self, context: DraftContext, length: int) -> Draft:
+                last = int(context.lengths.max().item()) - 1
+                return Draft(
+                    context.tokens[:, last : last + 1].expand(-1, length).contiguous(), context.lengths * 0 + 1
+                )
+
+        return Proposes()
+
+
+def test_other_arms_are_captured_beside_one_with_host_logic(target: Any, near: ModelDrafter) -> None:
+    config, arms = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0}), ["plain", "asking:2", "near:2"]
+    engine = SpeculativeEngine(config, [Asking(), near], load_model(target), TakingTurns(3), arms=arms)
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph") as told:
+        assert rows(engine.generate(PROMPTS, 40)) == [transformers_greedy(target, prompt, 40) for prompt in PROMPTS]
+    assert [each.category for each in told].count(RuntimeWarning) == 1
+    (workspace,) = engine.workspaces._kept.values()
+    refused = [key[1].drafter for key, work in workspace._captured.items() if not is_graph(work)]
+    assert refused == ["asking"] and len(workspace._captured) > 3
+    torch.cuda.empty_cache()
+
+
+class Late(TakingTurns):
+    """The first arm forty times, then the last."""
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        return arms[0 if self._n_selected < 40 else -1]
+
+
+def test_a_drafter_far_behind_catches_up_by_graphs_of_sixteen(target: Any, near: ModelDrafter) -> None:
+    engine = engine_of(target, near, ["plain", "near:4"])
+    engine.generate([[1, 2, 3, 4]], 4)
+    (workspace,) = engine.workspaces._kept.values()
+    graph, cached, read = workspace._captured["catch up 1"], workspace.state.readers[1].cached, []
+    assert is_graph(graph)
+
+    def replay() -> None:
+        before = cached.clone()
+        graph()
+        read.append(int((cached - before)[0]))
+
+    workspace._captured["catch up 1"] = replay
+    engine.selector = Late(2)
+    assert rows(engine.generate([[1, 2, 3, 4]], 60))[0] == transformers_greedy(target, [1, 2, 3, 4], 60)
+    assert len(read) == 3 and read[:2] == [16, 16] and 0 < read[2] <= 16
 
 
 ADAPTED = OTHERS | {

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+
 import pytest
+import torch
 from pydantic import ValidationError
 
-from flashspec.config import BanditConfig, FlashSpecConfig, MetricsConfig, SamplingConfig, default_device, explain
+from flashspec.config import (
+    BanditConfig,
+    FlashSpecConfig,
+    MetricsConfig,
+    SamplingConfig,
+    default_device,
+    explain,
+    gpu_fault,
+)
+from flashspec.models.loading import check_device, load_model
 
 NAN, INF = float("nan"), float("inf")
 
@@ -87,3 +100,72 @@ def test_an_explanation_is_one_sentence() -> None:
         with pytest.raises(ValidationError) as caught:
             FlashSpecConfig(device=device)
         assert explain(caught.value).endswith(f"device is {device!r}; it should be 'cpu', 'cuda' or 'cuda:N'")
+
+
+class Driver:
+    """What torch says of a machine's driver. The count of GPUs may come from NVML, which an old driver has too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+        self.fault = fault
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", self.is_available)
+        monkeypatch.setattr(torch.cuda, "init", self.init)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def is_available(self) -> bool:
+        warnings.warn(f"CUDA initialization: {self.fault}", UserWarning, stacklevel=1)
+        return not self.fault
+
+    def init(self) -> None:
+        raise RuntimeError(self.fault)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Driver]]:
+    known = gpu_fault, default_device
+    for function in known:
+        function.cache_clear()
+    yield lambda fault: Driver(monkeypatch, fault)
+    for function in known:
+        function.cache_clear()
+
+
+OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading"
+NONE = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from"
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            OLD,
+            "torch is built for CUDA 13.0, but the NVIDIA driver on your system is too old (found version 11040): inst",
+        ),
+        (NONE, "torch is built for CUDA 13.0, but found no NVIDIA driver on your system: install the latest"),
+    ],
+)
+def test_a_driver_that_does_not_fit_torch_is_said_in_one_sentence(
+    driver: Callable[[str], Driver], fault: str, sentence: str
+) -> None:
+    driver(fault)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RuntimeWarning)
+        assert [FlashSpecConfig().device for _ in range(3)] == ["cpu"] * 3
+    warned = [str(each.message) for each in told if each.category is RuntimeWarning]
+    assert len(warned) == (fault == OLD)  # a machine without a GPU need not have a driver
+    assert all(text.startswith(f"the CPU is used: {sentence}") and "\n" not in text for text in warned)
+    for ask in (lambda: check_device(torch.device("cuda")), lambda: load_model("smollm2", device="cuda:0")):
+        with pytest.raises(ValueError) as caught:
+            ask()
+        assert sentence in str(caught.value)
+
+
+def test_a_machine_without_a_gpu_and_one_that_is_fine_are_told_nothing(driver: Callable[[str], Driver]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        driver("No CUDA GPUs are available")
+        assert FlashSpecConfig().device == "cpu" and not gpu_fault()
+        gpu_fault.cache_clear()
+        default_device.cache_clear()
+        driver("")
+        assert FlashSpecConfig().device == "cuda:0"

@@ -88,5 +88,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, FlashSpecError):
         return COULD_NOT, str(error)
     if isinstance(error, OutOfMemoryError):
-        return COULD_NOT, "the device's memory is full: take a smaller model, a smaller dtype or a shorter text"
+        return COULD_NOT, (
+            "the GPU's memory is full: end what else runs on it, or take a smaller model, fewer drafters, "
+            "a shorter text (for train-drafter a smaller --draft-vocab) or --device cpu"
+        )
     raise error

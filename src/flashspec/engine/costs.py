@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from flashspec.engine.graphs import Capture, captured
+from flashspec.engine.graphs import Capture
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
@@ -63,6 +63,6 @@ def measure_costs(
                 torch.cuda.synchronize(model.device)
             times.append(clock() - started)
             if take == 0 and capture is not None:
-                work = captured(forward, capture)
+                work = capture(forward)
         seconds[width] = median(times[1:])
     return CostTable(seconds)

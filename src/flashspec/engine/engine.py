@@ -15,7 +15,7 @@ from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord
 from flashspec.engine.arms import check_arms, default_arms, default_drafters, make_drafter, unique_names
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.generation import Conversation, Generation
-from flashspec.engine.graphs import CudaGraphs
+from flashspec.engine.graphs import CudaGraphs, WherePossible
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.prompts import Prompt, encode_prompts
 from flashspec.engine.workspace import Workspaces, power_of_two
@@ -96,7 +96,8 @@ class SpeculativeEngine:
         if arms is None:
             arms = [Arm(name, config.sampling.gamma) for name in self.drafters] or [PLAIN]
         self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in arms], self.drafters)
-        capture = CudaGraphs(self.target.device) if self.target.device.type == "cuda" else None
+        device = self.target.device
+        capture = WherePossible(CudaGraphs(device)) if device.type == "cuda" else None
         self.costs = measure_costs(self.target, capture=capture)
         self.workspaces = None if capture is None else Workspaces(self.target, self.arms, self.drafters, capture)
         self.selector = bandit if bandit is not None else self._make_selector()

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flashspec.config import SamplingConfig
@@ -104,16 +105,18 @@ class Generation:
         eos_ids = () if settings.ignore_eos else engine.eos_token_ids
         stop_ids = sorted({*eos_ids, *settings.stop_token_ids})
         limits = [min(len(prompt) + self.max_new_tokens, model.max_context) for prompt in self.prompts]
-        workspace = engine.workspaces.find(len(self.prompts), max(limits), len(stop_ids)) if engine.workspaces else None
+        workspaces = engine.workspaces
+        workspace = workspaces.find(len(self.prompts), max(limits), len(stop_ids)) if workspaces else None
         rows = len(self.prompts) if workspace is None else len(workspace.state.tokens)
         prompts = [*self.prompts, *[[0]] * (rows - len(self.prompts))]
         sampler = make_sampler(settings, prompts, stop_ids, model.vocab_size, self.seed, model.device)
         costs = engine.costs if workspace is None else workspace.costs
         batch = (settings.logprobs, costs.token_cost, self.memory)
-        if workspace is None:
+        if workspaces is None or workspace is None:
             state = DecodeState.create(prompts, limits, stop_ids, model, sampler, *batch)
         else:
-            state = workspace.admit(self.prompts, limits, stop_ids, sampler, *batch)
+            admit = partial(workspace.admit, self.prompts, limits, stop_ids, sampler, *batch)
+            state = workspaces.with_room(admit, keep=workspace)
         lag = int(model.device.type == "cuda")
         selector = engine.selector_for(len(self.prompts))
         return Run(state, engine.arms, selector, engine.drafters, lag, workspace=workspace)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import torch
 
 from flashspec.core import PLAIN, Arm, Draft
 from flashspec.drafters.base import Drafter, NoDraft, Proposer
 from flashspec.engine.costs import measure_costs
-from flashspec.engine.graphs import Capture, Work, captured
+from flashspec.engine.graphs import Capture, Work
 from flashspec.engine.outcome import Outcome
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
@@ -20,6 +22,7 @@ from flashspec.sampling.sampler import Sampler
 
 # Columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
 WIDTHS = (0, 3, 7, 15, 31, 63, 64)
+T = TypeVar("T")
 
 
 class Workspace:
@@ -64,8 +67,8 @@ class Workspace:
         token_cost: float,
         memory: PrefixCache | None,
     ) -> DecodeState:
-        """Begin a batch; the sampler must have as many rows as the workspace. Settings that are new here are warmed up
-        first: every arm is compiled and captured."""
+        """Begin a batch, prefilled; the sampler must have as many rows as the workspace. Settings that are new here are
+        warmed up first: every arm is compiled and captured."""
         signature, state = sampler.signature(), self.state
         self._settings = signature, num_logprobs
         if signature not in self._samplers:
@@ -78,6 +81,7 @@ class Workspace:
                 self._warm_up()
         known.assign(sampler)
         state.admit(prompts, limits, stop_ids, known, num_logprobs, token_cost, memory)
+        state.prepare()
         return state
 
     @torch.inference_mode()
@@ -118,12 +122,16 @@ class Workspace:
             if drafter.on_host:
                 longest = max(longest, arm.length)
                 continue
-            with suppress(Exception):  # a drafter that fails will say so to the request that asks for it
+            try:
                 proposer = self.proposer(arm.drafter, drafter)
                 for _ in range(2):
                     for reader in self.state.readers[1:]:
                         reader.stale = reader.lag + 1
                     self.take(arm, proposer)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                continue  # a drafter that fails will say so to the request that asks for it
         for width in WIDTHS[1 : WIDTHS.index(round_up(longest)) + 1]:
             for _ in range(2):
                 self.verify_given(Draft(torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows).long()))
@@ -162,11 +170,11 @@ class Workspace:
         if key in self._captured:
             self._captured[key]()
         elif key not in self._seen:
-            self._seen.add(key)
             work()
+            self._seen.add(key)
         else:
             with self._over_all_slots():
-                self._captured[key] = captured(work, self._record)
+                self._captured[key] = self._record(work)
             self._captured[key]()
 
     @contextmanager
@@ -207,8 +215,19 @@ class Workspaces:
         found = self._kept.pop(size, None)
         while len(self._kept) >= self.MOST:
             del self._kept[next(iter(self._kept))]
-        self._kept[size] = found or Workspace(self.model, self.arms, self.drafters, size, self.capture)
+        self._kept[size] = found or self.with_room(
+            lambda: Workspace(self.model, self.arms, self.drafters, size, self.capture)
+        )
         return self._kept[size]
+
+    def with_room(self, work: Callable[[], T], keep: Workspace | None = None) -> T:
+        """What the work returns. Where it runs out of memory, all workspaces but one go, and it is done once more."""
+        with suppress(torch.OutOfMemoryError):
+            return work()
+        self._kept = {size: workspace for size, workspace in self._kept.items() if workspace is keep}
+        gc.collect()  # a workspace and its state hold each other
+        torch.cuda.empty_cache()
+        return work()
 
 
 def power_of_two(number: int) -> int:

@@ -1,5 +1,5 @@
-"""The only door to the kernels: Triton on a GPU, C++ on a CPU with a compiler, PyTorch twins elsewhere; callers never
-ask which one runs.
+"""The only door to the kernels: Triton on a GPU that it suits, C++ on a CPU with a compiler, PyTorch twins elsewhere;
+callers never ask which one runs.
 
 B rows, γ draft tokens (0 is allowed), Q positions, V vocabulary entries. Every function raises ValueError,
 naming the argument, for a shape, dtype or device that does not fit. Nothing is read back from a GPU.
@@ -9,7 +9,6 @@ naming the argument, for a shape, dtype or device that does not fit. Nothing is 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from flashspec.core import Draft, Likelihoods
 from flashspec.kernels import native_build, native_choose, native_step, native_verify, reference, reference_fused
 from flashspec.kernels.checks import check, check_counter, check_ids_on_cpu, check_written
+from flashspec.kernels.device import TRITON_AVAILABLE, usable
 
 __all__ = [
     "TRITON_AVAILABLE",
@@ -31,8 +31,6 @@ __all__ = [
     "verify_tokens",
     "window",
 ]
-
-TRITON_AVAILABLE = find_spec("triton") is not None
 
 _LOGPROB_DTYPES = (torch.float32, torch.bfloat16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -374,7 +372,7 @@ def window(
 
 
 def _use_triton(device: torch.device) -> bool:
-    return TRITON_AVAILABLE and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return usable(device) or (TRITON_AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _use_native(*tensors: Tensor) -> bool:

@@ -22,29 +22,10 @@ and every launch can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import functools
-import warnings
-
-import torch
-
-from flashspec.kernels import TRITON_AVAILABLE
+from flashspec.kernels.device import usable
 
 MOST_TOKENS = 64  # for the products; attend and the last three take any number
 MOST_QUERIES = 32  # a row, for attend: with more, PyTorch's attention is as fast
 MOST_ROWS_AND_QUERIES = 1024
 
-
-@functools.cache
-def available(device: torch.device) -> bool:
-    """Whether the device is a GPU that the kernels run on; where one is too old, a warning says so once."""
-    if device.type != "cuda":
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    if TRITON_AVAILABLE and capability >= (8, 0):
-        return True
-    reason = "Triton is not installed"
-    if TRITON_AVAILABLE:
-        version = ".".join(map(str, capability))
-        reason = f"{torch.cuda.get_device_name(device)} has compute capability {version}, below 8.0"
-    warnings.warn(f"{reason}: the decoder runs in plain PyTorch, which is slower", stacklevel=2)
-    return False
+available = usable

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
-# Bytes of weights from which on the next launch waits for the last loads: an 8B step 3 % less, at 135M it would be 20 more.
+# Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
 LATE = 32 << 20
 LEAST_TOKENS = 16
 

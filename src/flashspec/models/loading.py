@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashspec.cache import cached_folder
+from flashspec.config import default_device, gpu_fault
 from flashspec.core import FlashSpecError
 from flashspec.kernels import native_build
 from flashspec.models import embedded
@@ -73,10 +74,11 @@ def load_model(
     FlashSpecError says what is wrong with the source and what to do.
     """
     progress = progress or silent
+    if device is not None:
+        check_device(torch.device(device))
     if not isinstance(source, str | Path):
         return _from_transformers(source, device, dtype, progress)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_device(place)
+    place = torch.device(device or default_device())
     request = _Request(place, _dtype(dtype, torch.float32 if place.type == "cpu" else torch.bfloat16), progress)
     path = locate(source, progress)
     if path.is_dir():
@@ -85,9 +87,14 @@ def load_model(
 
 
 def check_device(device: torch.device) -> None:
-    """ValueError where this machine does not have it."""
+    """ValueError where this machine does not have it, or torch cannot use it."""
+    if device.type != "cuda":
+        return
+    fault = gpu_fault()
+    if fault:
+        raise ValueError(f"device is {str(device)!r}; {fault}")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if (device.index or 0) >= count:
         known = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         built = "" if torch.version.cuda or torch.version.hip else "; this build of torch knows no GPU"
         raise ValueError(f"device is {str(device)!r}; this machine has {known}{built}")

@@ -3,8 +3,10 @@ the host's numbers as they were when it was recorded."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from flashspec import FlashSpecConfig, SpeculativeEngine
 from flashspec.core import Arm
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
 from flashspec.drafters.heads import load_head
+from flashspec.drafters.model import ModelDrafter
+from flashspec.engine.graphs import WherePossible
 from flashspec.engine.workspace import Workspaces
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
@@ -30,17 +34,19 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Counts what it records; `workspaces` is set once they exist. features: where its graphs write hidden states."""
+    """Counts what it records; `workspaces` is set once they exist. features: where its graphs write hidden states.
+    faults: what it raises instead of recording, one each time, None for nothing; without an end for `refuses`."""
 
     def __init__(self, refuses: bool = False) -> None:
         self.recorded = 0
-        self.refuses = refuses
+        refusals = (RuntimeError(f"operation {n} not permitted\nwhen capturing") for n in itertools.count(1))
+        self.faults: Iterator[Exception | None] = refusals if refuses else iter(())
         self.features: set[int] = set()
         self.workspaces: Workspaces | None = None
 
     def __call__(self, work: Work) -> Work:
-        if self.refuses:
-            raise RuntimeError("operation not permitted\nwhen capturing")
+        if fault := next(self.faults, None):
+            raise fault
         self.recorded += 1
         self.features |= {id(w.state.target.features) for w in self.workspaces._kept.values() if w.state.readers}
         bounds = {id(w.state): w.state.bound for w in self.workspaces._kept.values()}
@@ -68,7 +74,8 @@ def engine_of(
     loaded = LoadedModel(target, None, (), "target")
     engine = SpeculativeEngine(config, list(used.values()), loaded, TakingTurns(len(arms)), arms=arms)
     recorder = Recorder(refuses)
-    engine.workspaces = recorder.workspaces = Workspaces(target, engine.arms, engine.drafters, recorder)
+    capture = WherePossible(recorder)
+    engine.workspaces = recorder.workspaces = Workspaces(target, engine.arms, engine.drafters, capture)
     return engine, recorder
 
 
@@ -175,14 +182,111 @@ def test_a_conversation_reads_only_what_is_new() -> None:
     assert max(read) > 300  # nobody else's text is looked at
 
 
-def test_what_cannot_be_captured_runs_as_it_is_and_says_so() -> None:
-    engine, _ = engine_of(("plain", "ngram:3"), refuses=True)
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph, .*: operation not permitted$"):
-        found = rows(engine.generate(PROMPTS, 25))
-    assert found == [greedy_text(TARGET, prompt, 25) for prompt in PROMPTS]
+def test_what_cannot_be_captured_runs_as_it_is_and_one_warning_says_so() -> None:
+    """Of two workspaces, and of every step refused for a reason of its own."""
+    engine, _ = engine_of(("plain", "ngram:3", "model:2"), refuses=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for batch in (PROMPTS, PROMPTS[:1], PROMPTS):
+            assert rows(engine.generate(batch, 25)) == [greedy_text(TARGET, prompt, 25) for prompt in batch]
+    (warning,) = told
+    assert warning.category is RuntimeWarning
+    assert str(warning.message).endswith(
+        "without a CUDA graph, since they cannot be captured: operation 1 not permitted"
+    )
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("before", [0, 3, 5, 6])
+def test_where_memory_runs_out_the_other_workspaces_go(before: int) -> None:
+    """One of the captures (0 to 2 of forwards to time, 3 and 4 of a plain step, 5 and 6 of a draft) finds no memory;
+    nothing is warned of, and everything is captured in the end."""
+    engine, recorder = engine_of(("plain", "model:2"))
+    engine.generate(PROMPTS, 25)
+    others = [weakref.ref(workspace) for workspace in engine.workspaces._kept.values()]
+    recorder.faults = iter([*[None] * before, FULL])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rows(engine.generate(PROMPTS, 25)) == found
+        assert rows(engine.generate(PROMPTS[:1], 25)) == [greedy_text(TARGET, PROMPTS[0], 25)]
+    assert [workspace() for workspace in others] == [None]
+    (workspace,) = engine.workspaces._kept.values()
+    recorded = recorder.recorded
+    engine.generate(PROMPTS[:1], 25)
+    assert recorder.recorded == recorded and set(engine.arms) <= {key[1] for key in workspace._captured if key[1:]}
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_memory_that_stays_full_is_said_and_may_come_back(times: int) -> None:
+    engine, recorder = engine_of(("plain", "model:2"))
+    recorder.faults = iter([FULL] * times)
+    for _ in range(times // 2):
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.generate(PROMPTS, 25)
+    assert rows(engine.generate(PROMPTS, 25)) == [greedy_text(TARGET, prompt, 25) for prompt in PROMPTS]
+
+
+class Reading(MarkovModel):
+    """Notes the widths that it reads, and raises what it is told to."""
+
+    def __init__(self, fault: Exception | None = None, at_width: int = 0) -> None:
+        super().__init__(TARGET.table, 2000)
+        self.widths: list[int] = []
+        self.fault, self.at_width = fault, at_width
+
+    def forward(self, token_ids: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        self.widths.append(token_ids.shape[1])
+        if self.fault and self.widths[-1] == self.at_width:
+            fault, self.fault = self.fault, None
+            raise fault
+        return super().forward(token_ids, *arguments, **options)
+
+
+def test_memory_that_runs_out_in_a_prefill_is_made_room_for() -> None:
+    engine, _ = engine_of(("plain",))
+    engine.generate(PROMPTS, 5)
+    engine.target = engine.workspaces.model = Reading(FULL, at_width=400)
+    text = [1, 2, 3, 4] * 100 + [5]
+    assert rows(engine.generate([text], 5)) == [greedy_text(TARGET, text, 5)]
+    assert engine.target.fault is None and len(engine.workspaces._kept) == 1
+
+
+def test_a_step_that_failed_is_not_captured_before_it_has_run() -> None:
+    """The first time compiles, and makes what a graph then holds."""
+    engine, recorder = engine_of(("plain",))
+    workspace = engine.workspaces.find(1, 10, 0)
+    ran: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("at first")
+
+    with pytest.raises(ValueError):
+        workspace._run("work", fail)
+    recorded = recorder.recorded
+    workspace._run("work", lambda: ran.append("as it is"))
+    assert ran == ["as it is"] and recorder.recorded == recorded
+    workspace._run("work", lambda: ran.append("captured"))
+    assert recorder.recorded == recorded + 1
+
+
+class Late(TakingTurns):
+    """The first arm forty times, then the last."""
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        return arms[0 if self._n_selected < 40 else -1]
+
+
+def test_a_drafter_far_behind_catches_up_in_chunks() -> None:
+    """43 tokens, by three graphs of 16."""
+    reading = Reading()
+    engine, _ = engine_of(("plain", "behind:2"), behind=ModelDrafter(reading, "behind"))
+    engine.generate(PROMPTS[:1], 2)
+    engine.selector = Late(2)
+    reading.widths.clear()
+    text = rows(engine.generate([[1, 2, 3, 4]], 60))[0]
+    assert text == greedy_text(TARGET, [1, 2, 3, 4], 60)
+    assert [width for width in reading.widths if width > 2] == [16] * 3
 
 
 class Failing(Drafter):

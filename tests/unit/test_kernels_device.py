@@ -1,0 +1,82 @@
+"""Where the Triton kernels run, by what a GPU says of itself."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import flashspec.kernels
+from flashspec.kernels import decoding, device
+
+GPU = torch.device("cuda", 0)
+NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable.\nOr else."
+
+
+@pytest.fixture(autouse=True)
+def sound(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that they run on, until a test says otherwise."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toaster")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(device, "TRITON_AVAILABLE", True)
+    monkeypatch.setattr(device, "_launch", lambda device: None)
+    device.usable.cache_clear()
+    yield
+    device.usable.cache_clear()
+
+
+def raising(error: Exception) -> Callable[[torch.device], None]:
+    def launch(device: torch.device) -> None:
+        raise error
+
+    return launch
+
+
+@pytest.mark.filterwarnings("error")
+def test_they_run_on_a_gpu_and_not_on_a_cpu() -> None:
+    assert decoding.available(GPU) and flashspec.kernels._use_triton(GPU)
+    assert not decoding.available(torch.device("cpu")) and not flashspec.kernels._use_triton(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "reason"),
+    [
+        (torch.cuda, "get_device_capability", lambda device: (7, 5), "Toaster has compute capability 7.5, below 8.0"),
+        (torch.version, "hip", "6.4", "the kernels are for GPUs of NVIDIA, not for Toaster"),
+        (device, "TRITON_AVAILABLE", False, "Triton is not installed"),
+        (
+            device,
+            "_launch",
+            raising(RuntimeError(NO_COMPILER)),
+            f"Triton cannot compile for Toaster ({NO_COMPILER[:-9]})",
+        ),
+        (
+            device,
+            "_launch",
+            raising(subprocess.CalledProcessError(1, ["gcc", "main.c"])),
+            "Triton cannot compile for Toaster (Command '['gcc', 'main.c']' returned non-zero exit status 1.)",
+        ),
+    ],
+)
+def test_where_they_do_not_run_both_doors_are_shut_and_one_warning_says_why(
+    place: object, name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, name, value)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert not decoding.available(GPU) and not flashspec.kernels._use_triton(GPU)
+    assert [str(each.message) for each in told] == [f"{reason}: plain PyTorch runs, which is slower"]
+    assert told[0].category is RuntimeWarning  # others the command line hides
+
+
+def test_full_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "_launch", raising(torch.OutOfMemoryError("CUDA out of memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            device.usable(GPU)
+    assert device.usable(GPU)
