@@ -13,10 +13,11 @@ and every launch can be captured in a CUDA graph.
   project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
   project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares
   attend(qkv (M, (H + 2K) D), waves | None, positions (B, Q), keys, values (B, K, capacity, D), qk_norm ((H + K, D) |
-         None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None) -> (M, H D); writes the new
-      keys and values at their positions. A query sees the last `window` slots up to its own; slots behind a row's last
-      position are not read. Without waves nothing is rotated. softcap: scores become softcap * tanh(score / softcap).
-      sinks: a score for each head that takes its share of the weights and adds no value.
+         None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None, asked = Q) -> (B * asked, H D)
+      of every row's last queries; writes the new keys and values of all at their positions. A query sees the last
+      `window` slots up to its own; slots behind a row's last position are not read. Without waves nothing is rotated.
+      softcap: scores become softcap * tanh(score / softcap). sinks: a score for each head that takes its share of the
+      weights and adds no value.
   normalise(hidden, norm, eps), add_norm(hidden, delta, norm, eps), gate(gate_up (M, 2I)): the steps for many tokens
 """
 

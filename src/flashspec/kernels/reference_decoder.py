@@ -45,6 +45,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    asked: int | None = None,
 ) -> Tensor:
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     heads = qkv.view(batch, queries, -1, dim)
@@ -74,7 +75,8 @@ def attend(
         scores = torch.cat((scores, extra), -1)
     weights = scores.softmax(-1)[..., :capacity]
     out = weights @ values.float()[:, :, None]
-    return out.permute(0, 3, 1, 2, 4).reshape(batch * queries, -1).to(qkv.dtype)
+    out = out[:, :, :, -(asked or queries) :]
+    return out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1).to(qkv.dtype)
 
 
 def embed(
