@@ -23,7 +23,7 @@ and every launch can be captured in a CUDA graph.
       -> token_ids, slots (B, size), states (B, size, len(parts) * width), following (B, ahead): what a head reads of a
       text. A slot is the token behind it and these parts of the buffer. Slots count from `start`, which is not
       `cached`, or are the last; none goes beyond lengths - 2, the last whose token is known, or the buffer.
-      following: the slots after that one. cached: written, how many slots are known
+      following: the slots after that one, a column's side by side. cached: written, how many slots are known
   normalise(hidden, norm, eps), add_norm(hidden, delta, norm, eps), gate(gate_up (M, 2I)): the steps for many tokens
 """
 
