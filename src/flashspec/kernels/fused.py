@@ -23,7 +23,7 @@ from flashspec.core import Likelihoods
 from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
-from flashspec.kernels.summary import TILE, _combine, _summary_kernel
+from flashspec.kernels.summary import TILE, _combine, _row_at, _summary_kernel
 from flashspec.kernels.tiling import overlapped
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
@@ -48,12 +48,6 @@ def _log_uniform(seed, position, POSITIONS: tl.constexpr):
         seed, position, tl.full([], FOR_ACCEPT, tl.int32), tl.zeros([POSITIONS], tl.int32)
     )
     return tl.log((((words >> 8) | 1).to(tl.float32) * (1.0 / (1 << 24))).to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def _row_at(logits, row, position):
-    """Where a position's logits begin. logits: as from `strided`."""
-    return logits[0] + row.to(tl.int64) * logits[1] + position.to(tl.int64) * logits[2]
 
 
 @triton.jit

@@ -71,6 +71,66 @@ def _carry(moments, totals, shift):
     return tl.where(totals > 0, (moments + totals * shift) * tl.exp2(shift), 0.0)
 
 
+@triton.jit
+def _row_at(logits, row, position):
+    """Where a position's logits begin. logits: as from `strided`."""
+    return logits[0] + row.to(tl.int64) * logits[1] + position.to(tl.int64) * logits[2]
+
+
+@triton.jit
+def _which(sequence, sequences, gamma, raw):
+    """A sequence's position, and whether it is a draft's or raw."""
+    is_raw, is_draft = False, sequence > gamma
+    position = tl.where(is_draft, sequence - gamma - 1, sequence)
+    if raw is not None:
+        first_raw = sequences - gamma - 1
+        is_raw = sequence >= first_raw
+        is_draft &= sequence < first_raw
+        position = tl.where(is_raw, sequence - first_raw, position)
+    return position, is_draft, is_raw
+
+
+@triton.jit
+def _raw_tile(raw_ptr, start, steps, vocab_size, VARIANT: tl.constexpr, LANES: tl.constexpr):
+    end, raw_steps = vocab_size, steps
+    if VARIANT == "coupled":  # its pieces are no whole tiles
+        end, raw_steps = tl.minimum(start + steps * STEP, vocab_size), tl.cdiv(steps * STEP, TILE)
+    return _softmax_tile(raw_ptr, None, LOG2E, start, raw_steps, end, False, False, LANES)
+
+
+@triton.jit
+def _tested_tile(
+    target_ptr,
+    draft,
+    token,
+    floor,
+    scale,
+    row,
+    position,
+    is_draft,
+    wants_token,
+    start,
+    steps,
+    vocab_size,
+    VARIANT: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The logit of the draft token, and a tile of the target's logits or of the draft's."""
+    known = (token >= 0) & (token < vocab_size)
+    if draft is not None and is_draft:
+        draft_ptr = _row_at(draft, row, position)
+        chosen = tl.load(draft_ptr + token, mask=known, other=0.0).to(tl.float32)
+        top, total, best, moment = _softmax_tile(draft_ptr, None, LOG2E, start, steps, vocab_size, False, False, LANES)
+    else:
+        chosen = tl.load(target_ptr + token, mask=known, other=0.0).to(tl.float32)
+        if floor is not None:
+            chosen = tl.where(chosen < floor, NEVER, chosen)
+        top, total, best, moment = _softmax_tile(
+            target_ptr, floor, scale, start, steps, vocab_size, wants_token, VARIANT == "typical", LANES
+        )
+    return chosen, top, total, best, moment
+
+
 @triton.jit(do_not_specialize=["gamma", "steps"])
 def _summary_kernel(
     target,
@@ -99,18 +159,11 @@ def _summary_kernel(
     sequences, n_tiles = tl.num_programs(1), tl.num_programs(0)
     index = row * sequences + sequence
     plane = tl.num_programs(2) * sequences * n_tiles
-    is_raw = False
-    is_draft = sequence > gamma
-    position = tl.where(is_draft, sequence - gamma - 1, sequence)
-    if raw is not None:
-        first_raw = sequences - gamma - 1
-        is_raw = sequence >= first_raw
-        is_draft &= sequence < first_raw
-        position = tl.where(is_raw, sequence - first_raw, position)
+    position, is_draft, is_raw = _which(sequence, sequences, gamma, raw)
     temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
     floor = tl.load(floors_ptr + row * (gamma + 1) + position) if floors_ptr is not None else None
     scale = 1.0 / tl.maximum(temperature, MIN_HEAT) * LOG2E
-    target_ptr = target[0] + row.to(tl.int64) * target[1] + position.to(tl.int64) * target[2]
+    target_ptr = _row_at(target, row, position)
     if (tile == 0) & (sequence == 0):
         tl.store(state_ptr + 2 * row + tl.arange(0, 2), tl.zeros([2], tl.int64))
     needed = True
@@ -120,34 +173,17 @@ def _summary_kernel(
     if needed:
         start = tile * steps * (STEP if VARIANT == "coupled" else TILE)
         if raw is not None and is_raw:
-            raw_ptr = raw[0] + row.to(tl.int64) * raw[1] + position.to(tl.int64) * raw[2]
-            end, raw_steps = vocab_size, steps
-            if VARIANT == "coupled":  # its pieces are no whole tiles
-                end, raw_steps = tl.minimum(start + steps * STEP, vocab_size), tl.cdiv(steps * STEP, TILE)
-            top, total, best, moment = _softmax_tile(raw_ptr, None, LOG2E, start, raw_steps, end, False, False, LANES)
+            top, total, best, moment = _raw_tile(_row_at(raw, row, position), start, steps, vocab_size, VARIANT, LANES)
         elif VARIANT == "coupled":
-            seed, place = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row) + position
-            best, top, _top = _gumbel_race(
-                target_ptr, None, None, floor, temperature, seed, place, FOR_TOKEN, start, steps, vocab_size
-            )
+            noise = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row) + position, FOR_TOKEN
+            best, top, _top = _gumbel_race(target_ptr, None, None, floor, temperature, *noise, start, steps, vocab_size)
             total = 1.0
         else:
             token = tl.load(token_ids_ptr + row * gamma + position, mask=(tile == 0) & (position < gamma), other=-1)
-            known = (token >= 0) & (token < vocab_size)
-            if draft is not None and is_draft:
-                draft_ptr = draft[0] + row.to(tl.int64) * draft[1] + position.to(tl.int64) * draft[2]
-                chosen = tl.load(draft_ptr + token, mask=known, other=0.0).to(tl.float32)
-                top, total, best, moment = _softmax_tile(
-                    draft_ptr, None, LOG2E, start, steps, vocab_size, False, False, LANES
-                )
-            else:
-                chosen = tl.load(target_ptr + token, mask=known, other=0.0).to(tl.float32)
-                if floor is not None:
-                    chosen = tl.where(chosen < floor, NEVER, chosen)
-                wants_token = temperature == 0
-                top, total, best, moment = _softmax_tile(
-                    target_ptr, floor, scale, start, steps, vocab_size, wants_token, VARIANT == "typical", LANES
-                )
+            chosen, top, total, best, moment = _tested_tile(
+                target_ptr, draft, token, floor, scale, row, position, is_draft, temperature == 0,
+                start, steps, vocab_size, VARIANT, LANES,
+            )  # fmt: skip
             if tile == 0:
                 tl.store(table_ptr + 4 * plane + index, chosen)
         entry = table_ptr + index * n_tiles + tile

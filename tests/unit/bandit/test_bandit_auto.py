@@ -294,6 +294,6 @@ def test_a_decision_among_thirty_arms_takes_less_than_50_us() -> None:
         selector.update(arm, min(1, arms[arm][1]), arms[arm][1], seconds=0.01)
     tracer = sys.gettrace()
     sys.settrace(None)  # coverage doubles the time
-    seconds = min(repeat(selector.select, number=1, repeat=3000))
+    seconds = min(repeat(selector.select, number=1, repeat=30000))  # some of it undisturbed by others
     sys.settrace(tracer)
     assert len(arms) == 30 and seconds < 50e-6
