@@ -53,6 +53,42 @@ def test_projections_equal_their_twins(tokens: int, outputs: int, depth: int, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(1, 48, 64), (5, 40, 96), (20, 33, 192)])
+def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
+    tokens: int, outputs: int, depth: int, dtype: torch.dtype
+) -> None:
+    x, squares, bias = (
+        normal(tokens, depth, dtype=dtype),
+        normal(tokens, 3).square(),
+        normal(outputs, dtype=dtype),
+    )
+    hidden, norm = normal(tokens, outputs, dtype=dtype), normal(outputs, dtype=dtype)
+    spread = normal(2 * outputs, 1).exp()  # rows of many sizes
+    both = twin.InBytes.of(normal(2 * outputs, depth, scale=0.1) * spread)
+    weight = twin.InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
+    whole, halves = (found.values.float() * found.scales[:, None] for found in (weight, both))
+    expected = twin.project(x.float(), whole, bias.float(), squares, 1e-5, torch.float32)
+    assert_near(linear.project(x, weight, bias, squares, 1e-5, torch.float32), expected)
+    assert_near(twin.project(x.float(), weight, bias.float(), squares, 1e-5, torch.float32), expected)
+    gated = twin.project_gated(x.float(), halves, squares, 1e-5)
+    assert_near(linear.project_gated(x, both, squares, 1e-5), gated.to(dtype))
+    added = twin.project_add(x.float(), whole, bias.float(), hidden.float(), norm.float())
+    for found, wanted in zip(linear.project_add(x, weight, bias, hidden, norm)[:2], added, strict=False):
+        assert_near(found, wanted.to(dtype))
+
+
+def test_a_weight_in_eight_bits_is_within_half_a_step() -> None:
+    weight = (normal(7, 80) * normal(7, 1).exp()).bfloat16()
+    weight[3] = 0
+    found = twin.InBytes.of(weight)
+    steps = weight.float().abs().amax(1, keepdim=True) / 127
+    difference = (found.values * found.scales[:, None] - weight.float()).abs()
+    assert (difference <= 0.5001 * steps).all() and found.values.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 3
+    weight[2, 5] = math.nan
+    assert twin.InBytes.of(weight).scales[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "depth"), [(3, 48, 64), (17, 41, 96)])
 def test_the_residual_comes_with_what_the_next_norm_needs(
     tokens: int, outputs: int, depth: int, dtype: torch.dtype
