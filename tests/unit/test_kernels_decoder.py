@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashspec.kernels import TRITON_AVAILABLE
 from flashspec.kernels import reference_decoder as twin
+from flashspec.kernels.decoding import InBytes
 
 if not TRITON_AVAILABLE:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -64,8 +65,8 @@ def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
     )
     hidden, norm = normal(tokens, outputs, dtype=dtype), normal(outputs, dtype=dtype)
     spread = normal(2 * outputs, 1).exp()  # rows of many sizes
-    both = twin.InBytes.of(normal(2 * outputs, depth, scale=0.1) * spread)
-    weight = twin.InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
+    both = InBytes.of(normal(2 * outputs, depth, scale=0.1) * spread)
+    weight = InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
     whole, halves = (found.values.float() * found.scales[:, None] for found in (weight, both))
     expected = twin.project(x.float(), whole, bias.float(), squares, 1e-5, torch.float32)
     assert_near(linear.project(x, weight, bias, squares, 1e-5, torch.float32), expected)
@@ -80,12 +81,12 @@ def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
 def test_a_weight_in_eight_bits_is_within_half_a_step() -> None:
     weight = (normal(7, 80) * normal(7, 1).exp()).bfloat16()
     weight[3] = 0
-    found = twin.InBytes.of(weight)
+    found = InBytes.of(weight)
     steps = weight.float().abs().amax(1, keepdim=True) / 127
     difference = (found.values * found.scales[:, None] - weight.float()).abs()
     assert (difference <= 0.5001 * steps).all() and found.values.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 3
     weight[2, 5] = math.nan
-    assert twin.InBytes.of(weight).scales[2].isnan()
+    assert InBytes.of(weight).scales[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

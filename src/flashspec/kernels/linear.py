@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.reference_decoder import InBytes, Weight
+from flashspec.kernels.decoding import InBytes, Weight
 from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class InBytes(NamedTuple):
-    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32, one a row."""
-
-    values: Tensor
-    scales: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> InBytes:
-        """The largest entry of a row is 127 steps from 0."""
-        scales = weight.float().abs().amax(1) / 127  # of faults NaN or infinite
-        steps = (weight.float() / scales[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
-        return cls(steps.to(torch.int8), scales)
-
-
-Weight = Tensor | InBytes
+from flashspec.kernels.decoding import InBytes, Weight
 
 
 def _product(x: Tensor, weight: Weight) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, linear
-from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS
+from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, Weight
 from flashspec.kernels.tiling import tiling_of
 from flashspec.models.base import Features, KVCache
 
@@ -30,16 +30,20 @@ def fits(config: DecoderConfig) -> bool:
 
 
 class Product:
-    """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS."""
+    """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS. few: the weight
+    as few tokens take it; None: as it is."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, few: Weight | None = None
+    ) -> None:
         self._weight, self._dtype, self._bias = weight, dtype, bias
+        self._few = weight if few is None else few
         self._tuned = False
 
     def tune(self) -> None:
         """Measure what has not been measured on this GPU; nothing while a graph is captured."""
         if not self._tuned and not _capturing():
-            linear.tune([self._weight], gated=False)
+            linear.tune([self._few], gated=False)
             self._tuned = True
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ class Product:
             return F.linear(x, self._weight, self._bias).to(self._dtype)
         self.tune()
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # a view of every row's last token is not
-        return linear.project(rows, self._weight, self._bias, None, 0.0, self._dtype).view(*x.shape[:-1], -1)
+        return linear.project(rows, self._few, self._bias, None, 0.0, self._dtype).view(*x.shape[:-1], -1)
 
 
 class FewTokens:
