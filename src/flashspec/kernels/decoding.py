@@ -1,9 +1,9 @@
 """The door to what a decoder of the Llama family does with few tokens. Every function has a twin in reference_decoder.
 
-M tokens; H query heads and K kv heads of D dimensions; matrices are (out, in), or `InBytes`. A product that reads `squares` takes
-x * norm weight as its input and applies the RMS norm's scale to its result; squares (M, any) float32 sum to |x|^2.
-With up to 16 tokens, a token's results have the same bits whatever other tokens share the call. Nothing is read back,
-and every launch can be captured in a CUDA graph.
+M tokens; H query heads and K kv heads of D dimensions; matrices are (out, in), those of products perhaps `InBytes`. A
+product that reads `squares` takes x * norm weight as its input and applies the RMS norm's scale to its result; squares
+(M, any) float32 sum to |x|^2. With up to 16 tokens, a token's results have the same bits whatever other tokens share
+the call. Nothing is read back, and every launch can be captured in a CUDA graph.
 
   embed(token_ids, positions, embedding, norm, frequencies, wave_scale, n_squares)
       -> hidden (M, width), hidden * norm, squares (M, n_squares), waves (M, 2, D / 2): cos and sin, float32
