@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashspec.kernels import TRITON_AVAILABLE
 from flashspec.kernels import reference_decoder as twin
+from flashspec.kernels.decoding import InBytes
 
 if not TRITON_AVAILABLE:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -50,6 +51,42 @@ def test_projections_equal_their_twins(tokens: int, outputs: int, depth: int, dt
     halves = normal(2 * outputs, depth, dtype=dtype, scale=0.3)
     expected = twin.project_gated(x.float(), halves.float(), squares, 1e-5)
     assert_near(linear.project_gated(x, halves, squares, 1e-5), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(1, 48, 64), (5, 40, 96), (20, 33, 192)])
+def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
+    tokens: int, outputs: int, depth: int, dtype: torch.dtype
+) -> None:
+    x, squares, bias = (
+        normal(tokens, depth, dtype=dtype),
+        normal(tokens, 3).square(),
+        normal(outputs, dtype=dtype),
+    )
+    hidden, norm = normal(tokens, outputs, dtype=dtype), normal(outputs, dtype=dtype)
+    spread = normal(2 * outputs, 1).exp()  # rows of many sizes
+    both = InBytes.of(normal(2 * outputs, depth, scale=0.1) * spread)
+    weight = InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
+    whole, halves = (found.values.float() * found.scales[:, None] for found in (weight, both))
+    expected = twin.project(x.float(), whole, bias.float(), squares, 1e-5, torch.float32)
+    assert_near(linear.project(x, weight, bias, squares, 1e-5, torch.float32), expected)
+    assert_near(twin.project(x.float(), weight, bias.float(), squares, 1e-5, torch.float32), expected)
+    gated = twin.project_gated(x.float(), halves, squares, 1e-5)
+    assert_near(linear.project_gated(x, both, squares, 1e-5), gated.to(dtype))
+    added = twin.project_add(x.float(), whole, bias.float(), hidden.float(), norm.float())
+    for found, wanted in zip(linear.project_add(x, weight, bias, hidden, norm)[:2], added, strict=False):
+        assert_near(found, wanted.to(dtype))
+
+
+def test_a_weight_in_eight_bits_is_within_half_a_step() -> None:
+    weight = (normal(7, 80) * normal(7, 1).exp()).bfloat16()
+    weight[3] = 0
+    found = InBytes.of(weight)
+    steps = weight.float().abs().amax(1, keepdim=True) / 127
+    difference = (found.values * found.scales[:, None] - weight.float()).abs()
+    assert (difference <= 0.5001 * steps).all() and found.values.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 3
+    weight[2, 5] = math.nan
+    assert InBytes.of(weight).scales[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

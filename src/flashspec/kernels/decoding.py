@@ -1,9 +1,9 @@
 """The door to what a decoder of the Llama family does with few tokens. Every function has a twin in reference_decoder.
 
-M tokens; H query heads and K kv heads of D dimensions; matrices are (out, in). A product that reads `squares` takes
-x * norm weight as its input and applies the RMS norm's scale to its result; squares (M, any) float32 sum to |x|^2.
-With up to 16 tokens, a token's results have the same bits whatever other tokens share the call. Nothing is read back,
-and every launch can be captured in a CUDA graph.
+M tokens; H query heads and K kv heads of D dimensions; matrices are (out, in), those of products perhaps `InBytes`. A
+product that reads `squares` takes x * norm weight as its input and applies the RMS norm's scale to its result; squares
+(M, any) float32 sum to |x|^2. With up to 16 tokens, a token's results have the same bits whatever other tokens share
+the call. Nothing is read back, and every launch can be captured in a CUDA graph.
 
   embed(token_ids, positions, embedding, norm, frequencies, wave_scale, n_squares)
       -> hidden (M, width), hidden * norm, squares (M, n_squares), waves (M, 2, D / 2): cos and sin, float32
@@ -29,6 +29,11 @@ and every launch can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from flashspec.kernels.device import usable
 
 MOST_TOKENS = 64  # for the products; attend and the last three take any number
@@ -36,3 +41,20 @@ MOST_QUERIES = 32  # a row, for attend: with more, PyTorch's attention is as fas
 MOST_ROWS_AND_QUERIES = 1024
 
 available = usable
+
+
+class InBytes(NamedTuple):
+    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32, one a row."""
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> InBytes:
+        """The largest entry of a row is 127 steps from 0."""
+        scales = weight.float().abs().amax(1) / 127  # of faults NaN or infinite
+        steps = (weight.float() / scales[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
+        return cls(steps.to(torch.int8), scales)
+
+
+Weight = Tensor | InBytes

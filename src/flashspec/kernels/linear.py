@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashspec.kernels.decoding import InBytes, Weight
 from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
@@ -49,9 +50,10 @@ def _ask_weights(weight_ptr, up_ptr, line_at, piece, PIECES: tl.constexpr, GATED
 
 
 @triton.jit
-def _weights(weight_ptr, inside, EVEN: tl.constexpr):
+def _weights(weight_ptr, inside, dtype: tl.constexpr, EVEN: tl.constexpr):
     """A tile [rows, DEPTH], zeros where the depth has ended."""
-    return tl.load(weight_ptr) if EVEN else tl.load(weight_ptr, mask=inside[None, :], other=0.0)
+    tile = tl.load(weight_ptr) if EVEN else tl.load(weight_ptr, mask=inside[None, :], other=0)
+    return tile.to(dtype)
 
 
 @triton.jit
@@ -104,9 +106,11 @@ def _products(
     for start in range(0, strand_length, DEPTH):
         inside = start + depth < strand_length
         x = tl.load(x_ptr + x_at + start, mask=in_columns if EVEN else in_columns & inside[:, None], other=0.0)
-        acc = tl.dot(_weights(weight_ptr + weight_at + start, inside, EVEN), x, acc, input_precision="ieee")
+        acc = tl.dot(_weights(weight_ptr + weight_at + start, inside, x.dtype, EVEN), x, acc, input_precision="ieee")
         if GATED:
-            acc_up = tl.dot(_weights(up_ptr + weight_at + start, inside, EVEN), x, acc_up, input_precision="ieee")
+            acc_up = tl.dot(
+                _weights(up_ptr + weight_at + start, inside, x.dtype, EVEN), x, acc_up, input_precision="ieee"
+            )
 
     if OVERLAP and LATE:
         gdc_launch_dependents()
@@ -130,6 +134,7 @@ def _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES: tl.c
 def _linear_kernel(
     x_ptr,
     weight_ptr,
+    scales_ptr,
     out_ptr,
     bias_ptr,
     squares_ptr,
@@ -178,6 +183,10 @@ def _linear_kernel(
         OVERLAP,
         LATE,
     )
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        if GATED:
+            acc_up *= tl.load(scales_ptr + N + rows, mask=in_rows, other=0.0)[:, None]
     if SQUARES:
         scale = _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES)[None, :]
         acc = acc * scale
@@ -202,39 +211,48 @@ def _linear_kernel(
 
 def project(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     squares: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-    _launch(x, weight, out, tiling_of(weight), bias=bias, squares=squares, eps=eps)
+    values, scales = _parts(weight)
+    out = torch.empty(x.shape[0], values.shape[0], dtype=dtype, device=x.device)
+    _launch(x, values, out, tiling_of(values), scales=scales, bias=bias, squares=squares, eps=eps)
     return out
 
 
-def project_gated(x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, weight, out, tiling_of(weight, gated=True), squares=squares, eps=eps, gated=True)
+def project_gated(x: Tensor, weight: Weight, squares: Tensor, eps: float) -> Tensor:
+    values, scales = _parts(weight)
+    out = torch.empty(x.shape[0], values.shape[0] // 2, dtype=x.dtype, device=x.device)
+    _launch(x, values, out, tiling_of(values, gated=True), scales=scales, squares=squares, eps=eps, gated=True)
     return out
 
 
 def project_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, norm: Tensor
+    x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiling = tiling_of(weight)
+    values, scales = _parts(weight)
+    tiling = tiling_of(values)
     out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
-    parts = torch.empty(len(x), triton.cdiv(len(weight), tiling.rows), dtype=torch.float32, device=x.device)
-    _launch(x, weight, out, tiling, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
+    parts = torch.empty(len(x), triton.cdiv(len(values), tiling.rows), dtype=torch.float32, device=x.device)
+    _launch(x, values, out, tiling, scales=scales, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
     return out, weighted, parts
 
 
-def tune(weights: Sequence[Tensor], gated: bool) -> None:
+def tune(weights: Sequence[Weight], gated: bool) -> None:
     """Choose the tiling for weights of one shape by measurement."""
-    outputs, depth = weights[0].shape[0] // (2 if gated else 1), weights[0].shape[1]
-    x = torch.randn(8, depth, dtype=weights[0].dtype, device=weights[0].device)
+    values, scales = zip(*map(_parts, weights), strict=True)
+    outputs, depth = values[0].shape[0] // (2 if gated else 1), values[0].shape[1]
+    dtype = torch.bfloat16 if scales[0] is not None else values[0].dtype
+    x = torch.randn(8, depth, dtype=dtype, device=values[0].device)
     out = torch.empty(8, outputs, dtype=x.dtype, device=x.device)
-    choose(weights, gated, lambda weight, tiling: _launch(x, weight, out, tiling, gated=gated))
+    choose(values, gated, lambda weight, tiling: _launch(x, weight, out, tiling, scales=scales[0], gated=gated))
+
+
+def _parts(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    return weight if isinstance(weight, InBytes) else (weight, None)
 
 
 def _launch(
@@ -243,6 +261,7 @@ def _launch(
     out: Tensor,
     tiling: Tiling,
     *,
+    scales: Tensor | None = None,
     bias: Tensor | None = None,
     squares: Tensor | None = None,
     hidden: Tensor | None = None,
@@ -257,13 +276,15 @@ def _launch(
     strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
     tokens = max(triton.next_power_of_2(M), LEAST_TOKENS)
     lines, columns = tiling.rows * strands, tokens * strands
-    stage_bytes = (lines * (2 if gated else 1) + columns) * tiling.depth * x.itemsize
+    line_bytes, column_bytes = lines * (2 if gated else 1) * weight.itemsize, columns * x.itemsize
+    stage_bytes = (line_bytes + column_bytes) * tiling.depth
     threads = 32 * tiling.warps
-    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * x.itemsize * lines // threads)
+    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * weight.itemsize * lines // threads)
     with torch.cuda.device_of(x):
         _linear_kernel[(triton.cdiv(N, tiling.rows),)](
             x,
             weight,
+            scales,
             out,
             bias,
             squares,

@@ -8,30 +8,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashspec.kernels.decoding import InBytes, Weight
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, InBytes):
+        return F.linear(x, weight.values.to(x.dtype)).float() * weight.scales
+    return F.linear(x, weight)
+
 
 def project(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     squares: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = F.linear(x, weight).float()
+    out = _product(x, weight).float()
     if squares is not None:
         out *= _scale(squares, x.shape[1], eps)
     return (out if bias is None else out + bias).to(dtype)
 
 
-def project_gated(x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> Tensor:
+def project_gated(x: Tensor, weight: Weight, squares: Tensor, eps: float) -> Tensor:
     gate, up = project(x, weight, None, squares, eps, torch.float32).chunk(2, 1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
 def project_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, norm: Tensor
+    x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = hidden + F.linear(x, weight, bias)
+    out = hidden + project(x, weight, bias, None, 0.0, hidden.dtype)
     return out, out * norm, out.float().square().sum(1, keepdim=True)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, linear, recording
-from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS
+from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes
 from flashspec.kernels.tiling import tiling_of
 from flashspec.models.base import Features, KVCache
 
@@ -32,16 +32,20 @@ def fits(config: DecoderConfig) -> bool:
 class Product:
     """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS.
 
-    eps: of the norm whose `squares` a call with few tokens may bring, as for `linear.project`."""
+    eps: of the norm whose `squares` a call with few tokens may bring, as for `linear.project`. rounded: few tokens take
+    the weight in eight bits, half of what there is to read; for drafters, whose text is checked."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, eps: float = 0.0) -> None:
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, eps: float = 0.0, rounded: bool = False
+    ) -> None:
         self._weight, self._dtype, self._bias, self._eps = weight, dtype, bias, eps
+        self._few = InBytes.of(weight) if rounded else weight
         self._tuned = False
 
     def tune(self) -> None:
         """Measure what has not been measured on this GPU; nothing while a graph is captured."""
         if not self._tuned and not _capturing():
-            linear.tune([self._weight], gated=False)
+            linear.tune([self._few], gated=False)
             self._tuned = True
 
     def __call__(self, x: Tensor, squares: Tensor | None = None) -> Tensor:
@@ -49,15 +53,20 @@ class Product:
             return F.linear(x, self._weight, self._bias).to(self._dtype)
         self.tune()
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # a view of every row's last token is not
-        return linear.project(rows, self._weight, self._bias, squares, self._eps, self._dtype).view(*x.shape[:-1], -1)
+        return linear.project(rows, self._few, self._bias, squares, self._eps, self._dtype).view(*x.shape[:-1], -1)
 
 
 class FewTokens:
-    """`forward` and `logits` of a decoder, as its `LanguageModel` contract has them, but for few tokens."""
+    """`forward` and `logits` of a decoder, as its `LanguageModel` contract has them, but for few tokens. rounded: as a
+    product's, for what comes behind attention."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor) -> None:
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor, rounded: bool = False
+    ) -> None:
         self._config, self._weights, self._frequencies = config, weights, frequencies
-        self._score = Product(weights.lm_head, torch.float32, eps=config.norm_eps)
+        self._score = Product(weights.lm_head, torch.float32, eps=config.norm_eps, rounded=rounded)
+        matrices = [(layer.output, layer.gate_up, layer.down) for layer in weights.layers]
+        self._behind = [tuple(map(InBytes.of, three)) if rounded else three for three in matrices]
         self._tuned = False
 
     def takes(self, token_ids: Tensor) -> bool:
@@ -69,9 +78,8 @@ class FewTokens:
             return
         layers = self._weights.layers
         linear.tune([layer.qkv for layer in layers], gated=False)
-        linear.tune([layer.output for layer in layers], gated=False)
-        linear.tune([layer.gate_up for layer in layers], gated=True)
-        linear.tune([layer.down for layer in layers], gated=False)
+        for weights, gated in zip(zip(*self._behind, strict=True), (False, True, False), strict=True):
+            linear.tune(weights, gated)
         self._score.tune()
         self._tuned = True
 
@@ -114,7 +122,7 @@ class FewTokens:
             record(index, hidden)
             qkv = linear.project(weighted, layer.qkv, layer.qkv_bias, squares, eps, dtype)
             mixed = self._attend(index, qkv, waves, positions, cache)
-            hidden, weighted, squares = self._add_narrow(layer, mixed, hidden, self._norm_after(index, layers))
+            hidden, weighted, squares = self._add_narrow(index, mixed, hidden, self._norm_after(index, layers))
         return elementwise.normalise(hidden, self._weights.final_norm, eps)
 
     def _wide(
@@ -127,20 +135,21 @@ class FewTokens:
         for index, layer in enumerate(layers):
             record(index, hidden)
             mixed = self._attend(index, F.linear(normed, layer.qkv, layer.qkv_bias), waves, positions, cache)
-            hidden, normed = self._add_wide(layer, mixed, hidden, self._norm_after(index, layers))
+            hidden, normed = self._add_wide(index, mixed, hidden, self._norm_after(index, layers))
         return normed
 
     def _add_narrow(
-        self, layer: LayerWeights, mixed: Tensor, hidden: Tensor, following: Tensor
+        self, index: int, mixed: Tensor, hidden: Tensor, following: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rest of a layer after its attention; following: the weight of the norm behind it. As `project_add`."""
-        hidden, weighted, squares = linear.project_add(mixed, layer.output, layer.output_bias, hidden, layer.mlp_norm)
-        gated = linear.project_gated(weighted, layer.gate_up, squares, self._config.norm_eps)
-        return linear.project_add(gated, layer.down, None, hidden, following)
+        layer, (output, gate_up, down) = self._weights.layers[index], self._behind[index]
+        hidden, weighted, squares = linear.project_add(mixed, output, layer.output_bias, hidden, layer.mlp_norm)
+        gated = linear.project_gated(weighted, gate_up, squares, self._config.norm_eps)
+        return linear.project_add(gated, down, None, hidden, following)
 
-    def _add_wide(self, layer: LayerWeights, mixed: Tensor, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_wide(self, index: int, mixed: Tensor, hidden: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """The same, with the norm applied: new hidden, normed."""
-        eps = self._config.norm_eps
+        eps, layer = self._config.norm_eps, self._weights.layers[index]
         delta = F.linear(mixed, layer.output, layer.output_bias)
         hidden, normed = elementwise.add_norm(hidden, delta, layer.mlp_norm, eps)
         delta = F.linear(elementwise.gate(F.linear(normed, layer.gate_up)), layer.down)
