@@ -38,7 +38,7 @@ def test_a_target_row_that_is_not_finite_ends_its_request_only(
 ) -> None:
     target, sound = poisoned(bad)
     run = open_run(target, PROMPTS, arms, every_drafter(sound), 20, lag=lag, **settings)
-    finish = {row.row: row.finish.name for output in run for row in output.rows}
+    finish = {row: output.news.finish[row].name for output in run for row in output.rows}
     assert finish == {0: "LENGTH", 1: "ERROR", 2: "LENGTH"}
     if settings == {"temperature": 0}:
         for row in (0, 2):

@@ -153,7 +153,7 @@ class SpeculativeEngine:
         sampling None is the engine's own; changes are single fields of it (temperature=0, seed=1, ...). ValueError
         for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the target's context."""
         generation = self.stream(prompt, max_new_tokens, sampling=sampling, **changes)
-        for _ in generation:
+        for _ in generation.records():
             pass
         return generation.result()
 
