@@ -158,6 +158,7 @@ _COMPARISON = {"tokens": EXACT, "tokens_per_second": 1.0, "ratio": 2.0, "identic
 def test_no_speculation_loads_no_drafter(invoke, shelf):
     err = invoke(*generate("abc", "--no-speculation", "--drafter", "small"))[2]
     assert "acceptance length" not in err and "plain" in err
+    assert shelf.asked == ["smollm2"]
 
 
 def test_arms_name_their_drafters(invoke, shelf):
@@ -189,6 +190,8 @@ BAD = {
     "lengths word": (("--lengths", "4,x"), "'4,x' should be numbers from 1 to 64"),
     "arm": (("--arm", "ngram"), "arm 'ngram' should read 'plain' or 'drafter:length'"),
     "arm length": (("--arm", "ngram:0"), "length >= 1"),
+    "lengths beside an arm": (("--arm", "ngram:2", "--lengths", "4"), "--lengths says nothing beside --arm"),
+    "min_tokens": (("--min-tokens", "13"), "--min-tokens is 13; it should be at most --max-new-tokens, 12"),
     "arm of another drafter": (("--drafter", "suffix", "--arm", "ngram:2"), "names no drafter of this engine"),
     "vocabulary": (("--drafter", "other"), "drafter 'other' has 23 tokens and the target 22"),
     "model without a model": (("--drafter", "model"), "needs a model"),
