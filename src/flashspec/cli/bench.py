@@ -143,7 +143,7 @@ def steps(
 ) -> None:
     """What a step is made of: forwards by width, arms, drafters by size; times, and the share of the memory's speed."""
     if options["random"] and options["shape"] is None:
-        raise click.UsageError("--random needs --shape: random weights of which shape?")
+        raise click.UsageError("--random needs --shape, such as 8b")
     from flashspec.bench.steps import Plan, run
 
     plan = Plan(widths, batch_sizes or [1], arms, drafter_sizes, baselines)
