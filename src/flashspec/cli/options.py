@@ -77,7 +77,8 @@ class EngineOptions:
             return load_model(source, device=config.device, dtype=config.dtype, progress=progress)
 
         arms = [PLAIN] if self.no_speculation else [Arm.parse(name) for name in self.arm]
-        named = self.drafter or tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
+        playing = tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
+        named = playing if self.no_speculation else self.drafter or playing
         target = load(self.target)
         sources = named or (() if arms else default_drafters(target.model, self.selector))
         drafters = unique_names(
@@ -154,7 +155,7 @@ _SPECULATION = (
         help="Draft lengths, such as 2,4,8: every drafter at each of them, and plain decoding.",
     ),
     click.option("--arm", multiple=True, help="An exact arm instead, such as ngram:4 or plain. Repeatable."),
-    click.option("--no-speculation", is_flag=True, help="Plain decoding only."),
+    click.option("--no-speculation", is_flag=True, help="Plain decoding only, whatever drafters are named."),
 )
 _SAMPLING = (
     click.option(
@@ -190,6 +191,11 @@ def engine_options(command: Command) -> Command:
     def collect(**values: Any) -> None:
         from flashspec.config import SamplingConfig
 
+        if values["lengths"] and values["arm"]:
+            raise click.UsageError("--lengths says nothing beside --arm, which names its own length: drop one of them")
+        if values["min_tokens"] > values["max_new_tokens"]:
+            most, least = values["max_new_tokens"], values["min_tokens"]
+            raise click.UsageError(f"--min-tokens is {least}; it should be at most --max-new-tokens, {most}")
         sampling = {name: values.pop(name) for name in SamplingConfig.model_fields if name in values}
         named = {field.name: values.pop(field.name) for field in fields(EngineOptions) if field.name in values}
         command(options=EngineOptions(**named, sampling=sampling), **values)

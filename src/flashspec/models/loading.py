@@ -23,6 +23,7 @@ from flashspec.models.checkpoint import (
     UnsupportedModel,
     decoder_config,
     decoder_weights,
+    kind_of_head,
     read_json,
 )
 from flashspec.models.decoder import Decoder, DecoderConfig
@@ -173,13 +174,24 @@ def _matrices(config: DecoderConfig, checkpoint: Checkpoint, progress: Progress)
 def _from_folder(folder: Path, name: str, request: _Request) -> LoadedModel:
     raw = read_json(folder / "config.json")
     try:
-        model = _decoder(decoder_config(raw), SafetensorsFolder(folder), request)
-    except UnsupportedModel as reason:
-        model = _hf_model(folder, reason, request)
+        model = _folder_model(folder, raw, request)
+    except FlashSpecError:
+        if kind_of_head(raw) is None:
+            raise
+        raise FlashSpecError(
+            f"{name} is a head, no model: give it as a drafter (--drafter), beside its target"
+        ) from None
     generation = folder / "generation_config.json"
     tokenizer = _folder_tokenizer(folder)
     eos = _eos_ids(raw, read_json(generation) if generation.exists() else {}, tokenizer)
     return LoadedModel(model, tokenizer, eos, name, raw)
+
+
+def _folder_model(folder: Path, config: Mapping[str, Any], request: _Request) -> LanguageModel:
+    try:
+        return _decoder(decoder_config(config), SafetensorsFolder(folder), request)
+    except UnsupportedModel as reason:
+        return _hf_model(folder, reason, request)
 
 
 def _from_gguf(path: Path, request: _Request) -> LoadedModel:
