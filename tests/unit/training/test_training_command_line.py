@@ -71,6 +71,8 @@ def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Pa
         (["--minutes", "nan", "--out", "o"], "--minutes is nan; it should be above 0"),
         (["--out", "o", "--prompts", "nowhere"], "'nowhere' does not exist"),
         ([], "Missing option '--out'"),
+        (["--out", "o", "--device", "gpu"], "device is 'gpu'; it should be 'cpu', 'cuda' or 'cuda:N'"),
+        (["--out", "o", "--device", "cuda:999"], "device is 'cuda:999'; this machine has"),
         (["--out", "o", "--device", "cuda:99"], "device is 'cuda:99'; this machine has"),
     ],
 )
