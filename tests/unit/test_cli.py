@@ -187,7 +187,7 @@ BAD = {
     "lengths": (("--lengths", "4,0"), "'4,0' should be numbers from 1 to 64"),
     "lengths word": (("--lengths", "4,x"), "'4,x' should be numbers from 1 to 64"),
     "arm": (("--arm", "ngram"), "arm 'ngram' should read 'plain' or 'drafter:length'"),
-    "arm length": (("--arm", "ngram:0"), "length >= 1"),
+    "arm length": (("--arm", "ngram:0"), "write 'ngram:1' or more"),
     "arm of another drafter": (("--drafter", "suffix", "--arm", "ngram:2"), "names no drafter of this engine"),
     "vocabulary": (("--drafter", "other"), "drafter 'other' has 23 tokens and the target 22"),
     "model without a model": (("--drafter", "model"), "needs a model"),
