@@ -170,9 +170,18 @@ class OutOfVocabulary:
         return torch.full((1, gamma), 6), torch.zeros(1, gamma, 6)
 
 
+class CertainlyOutside:
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, None]:
+        return torch.full((1, gamma), -1), None
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [(WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"), (OutOfVocabulary(), "the vocabulary")],
+    [
+        (WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"),
+        (OutOfVocabulary(), "the vocabulary"),
+        (CertainlyOutside(), "the vocabulary"),
+    ],
 )
 def test_generate_draft_is_not_trusted(source: object, reason: str) -> None:
     target = MarkovModel.random(6, seed=34)

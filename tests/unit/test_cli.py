@@ -189,7 +189,7 @@ BAD = {
     "lengths": (("--lengths", "4,0"), "'4,0' should be numbers from 1 to 64"),
     "lengths word": (("--lengths", "4,x"), "'4,x' should be numbers from 1 to 64"),
     "arm": (("--arm", "ngram"), "arm 'ngram' should read 'plain' or 'drafter:length'"),
-    "arm length": (("--arm", "ngram:0"), "length >= 1"),
+    "arm length": (("--arm", "ngram:0"), "write 'ngram:1' or more"),
     "lengths beside an arm": (("--arm", "ngram:2", "--lengths", "4"), "--lengths says nothing beside --arm"),
     "min_tokens": (("--min-tokens", "13"), "--min-tokens is 13; it should be at most --max-new-tokens, 12"),
     "arm of another drafter": (("--drafter", "suffix", "--arm", "ngram:2"), "names no drafter of this engine"),

@@ -76,14 +76,12 @@ def train_drafter(
     if resume and not out.exists():
         complain(f"there is nothing at --out {out} yet: the training begins there")
     with Waiting():
-        import torch
-
         from flashspec.models.loading import check_device
         from flashspec.training import Kind, Settings
         from flashspec.training import train_drafter as train
 
         if device is not None:
-            check_device(torch.device(device))
+            check_device(device)
         settings = Settings.of(
             Kind(kind), shares_lm_head=share_lm_head, seconds=60 * minutes, seed=seed, draft_vocab=draft_vocab
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashspec.cache import cached_folder
-from flashspec.config import default_device, gpu_fault
+from flashspec.config import check_device_name, default_device, gpu_fault
 from flashspec.core import FlashSpecError
 from flashspec.kernels import native_build
 from flashspec.models import embedded
@@ -76,7 +76,7 @@ def load_model(
     """
     progress = progress or silent
     if device is not None:
-        check_device(torch.device(device))
+        check_device(device)
     if not isinstance(source, str | Path):
         return _from_transformers(source, device, dtype, progress)
     place = torch.device(device or default_device())
@@ -87,18 +87,20 @@ def load_model(
     return _from_gguf(path, request)
 
 
-def check_device(device: torch.device) -> None:
-    """ValueError where this machine does not have it, or torch cannot use it."""
-    if device.type != "cuda":
+def check_device(device: str | torch.device) -> None:
+    """ValueError where it is none, this machine does not have it, or torch cannot use it."""
+    device = str(device)
+    check_device_name(device)
+    if device == "cpu":
         return
     fault = gpu_fault()
     if fault:
-        raise ValueError(f"device is {str(device)!r}; {fault}")
+        raise ValueError(f"device is {device!r}; {fault}")
     count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    if int(device.partition(":")[2] or 0) >= count:
         known = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         built = "" if torch.version.cuda or torch.version.hip else "; this build of torch knows no GPU"
-        raise ValueError(f"device is {str(device)!r}; this machine has {known}{built}")
+        raise ValueError(f"device is {device!r}; this machine has {known}{built}")
 
 
 def locate(source: str | Path, progress: Progress = silent) -> Path:

@@ -79,6 +79,8 @@ def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Pa
         (["--minutes", "inf", "--out", "o"], "--minutes is inf; it should be a number above 0"),
         (["--out", "o", "--prompts", "nowhere"], "'nowhere' does not exist"),
         ([], "Missing option '--out'"),
+        (["--out", "o", "--device", "gpu"], "device is 'gpu'; it should be 'cpu', 'cuda' or 'cuda:N'"),
+        (["--out", "o", "--device", "cuda:999"], "device is 'cuda:999'; this machine has"),
         (["--out", "o", "--device", "cuda:99"], "device is 'cuda:99'; this machine has"),
     ],
 )
