@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flashspec.core import Arm
     from flashspec.drafters import Drafter
     from flashspec.engine import SpeculativeEngine
-    from flashspec.models.base import LanguageModel
     from flashspec.models.loading import LoadedModel
 
 Command = Callable[..., None]
@@ -59,18 +58,16 @@ class EngineOptions:
     def load(self) -> SpeculativeEngine:
         """ValueError or FlashSpecError says what cannot be had."""
         with Waiting() as waiting:
-            import torch
-
             from flashspec.models.loading import check_device
 
             config = self.config()
-            check_device(torch.device(config.device))
+            check_device(config.device)
             return self._build(config, waiting)
 
     def _build(self, config: FlashSpecConfig, progress: Waiting) -> SpeculativeEngine:
         from flashspec.core import PLAIN, Arm
         from flashspec.engine import SpeculativeEngine
-        from flashspec.engine.arms import default_drafters, make_drafter, unique_names
+        from flashspec.engine.arms import default_drafters, load_drafter, make_drafter, unique_names
         from flashspec.models.loading import load_model
 
         def load(source: str) -> LoadedModel:
@@ -82,7 +79,7 @@ class EngineOptions:
         target = load(self.target)
         sources = named or (() if arms else default_drafters(target.model, self.selector))
         drafters = unique_names(
-            [make_drafter(source, target.model, lambda name: _load_drafter(name, load)) for source in sources]
+            [make_drafter(source, target.model, lambda name: load_drafter(name, load)) for source in sources]
         )
         arms = arms or self._cross(drafters)
         if self.selector == "fixed" and len(arms) > 1:
@@ -98,18 +95,6 @@ class EngineOptions:
 
         drafting = [Arm(name, length) for name in drafters for length in self.lengths or drafters[name].lengths]
         return drafting if self.selector == "fixed" else [PLAIN, *drafting]
-
-
-def _load_drafter(source: str, load: Callable[[str], LoadedModel]) -> tuple[LanguageModel, str]:
-    from flashspec.core import FlashSpecError
-    from flashspec.drafters import list_drafters
-
-    try:
-        loaded = load(source)
-    except FlashSpecError as error:
-        known = ", ".join(list_drafters())
-        raise FlashSpecError(f"drafter {source!r} is none of {known}, and no model: {error}") from None
-    return loaded.model, loaded.name
 
 
 def model_options(command: Command) -> Command:
