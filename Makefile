@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
+PYTHON_FILES := src tests benchmarks docs
 
 .PHONY: demo test test-gpu bench-quick lint format clean
 
@@ -26,14 +27,14 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
 
 bench-quick: $(STAMP)
 	$(BIN)/flashspec bench endtoend --limit 4 --max-new-tokens 64 --output build/bench-quick.json

@@ -136,7 +136,7 @@ def decode(target: Any, prompts: Sequence[Sequence[int]], *arguments: Any, **set
     rows: list[list[int]] = [[] for _ in prompts]
     for output in open_run(target, prompts, *arguments, **settings):
         for row in output.rows:
-            rows[row.row] += row.token_ids
+            rows[row] += output.news.token_ids[row]
     return rows
 
 

@@ -123,9 +123,14 @@ class FlashSpecConfig(_Config):
 
     @model_validator(mode="after")
     def _device_is_known(self) -> FlashSpecConfig:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device is {self.device!r}; it should be 'cpu', 'cuda' or 'cuda:N'")
+        check_device_name(self.device)
         return self
+
+
+def check_device_name(device: str) -> None:
+    """ValueError where it can name none."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device is {device!r}; it should be 'cpu', 'cuda' or 'cuda:N'")
 
 
 def explain(error: ValidationError) -> str:

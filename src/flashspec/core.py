@@ -44,8 +44,10 @@ class Arm:
         drafter, _, length = name.rpartition(":")
         if name == "plain":
             return PLAIN
-        if not drafter or not length.isdigit():
+        if not drafter or not length.isdecimal():
             raise ValueError(f"arm {name!r} should read 'plain' or 'drafter:length'")
+        if int(length) < 1:
+            raise ValueError(f"arm {name!r} drafts no token; write '{drafter}:1' or more, or 'plain' for no draft")
         return cls(drafter, int(length))
 
 

@@ -93,11 +93,45 @@ def test_a_wrong_number_of_arms_is_refused(bandit: dict) -> None:
         (["ngram:65"], "the most is 64"),
         (["ngram"], "should read 'plain' or 'drafter:length'"),
         ([Arm("model", 2)], "names no drafter"),
+        (["ngram:0"], "'ngram:0' drafts no token; write 'ngram:1' or more, or 'plain' for no draft"),
+        (["ngram:²"], "should read 'plain' or 'drafter:length'"),
     ],
 )
 def test_bad_arms_are_refused(arms: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpeculativeEngine(config_of(), ["ngram"], TARGET, arms=arms)
+
+
+def test_a_single_drafter_or_arm_is_a_list_of_one() -> None:
+    for drafter in ("ngram", NgramDrafter()):
+        for arm in ("ngram:2", Arm("ngram", 2)):
+            engine = SpeculativeEngine(config_of(), drafter, TARGET, arms=arm)
+            assert list(engine.drafters) == ["ngram"] and engine.arms == [Arm("ngram", 2)]
+    assert list(SpeculativeEngine.from_pretrained(TARGET, "ngram", config=config_of()).drafters) == ["ngram"]
+
+
+def test_an_arm_is_there_once_and_as_long_as_its_drafter_can_draft() -> None:
+    class Short(NgramDrafter):
+        longest = 4
+
+    arms = ["plain", "ngram:3", "ngram:8", "ngram:4", "ngram:9", "plain"]
+    engine = SpeculativeEngine(config_of(), [Short()], TARGET, arms=arms)
+    assert engine.arms == [PLAIN, Arm("ngram", 3), Arm("ngram", 4)]
+
+
+def test_a_drafter_that_is_nowhere_is_told_the_names_there_are() -> None:
+    for make in (
+        lambda: SpeculativeEngine(config_of(), ["sufix"], TARGET),
+        lambda: SpeculativeEngine.from_pretrained(TARGET, ["sufix"], config=config_of()),
+    ):
+        with pytest.raises(flashspec.FlashSpecError, match=r"'sufix' is none of .*, suffix, and no model: there is no"):
+            make()
+
+
+@pytest.mark.parametrize("drafter", [UniformSource, NgramDrafter])
+def test_a_class_is_no_drafter(drafter: type) -> None:
+    with pytest.raises(ValueError, match=rf"{drafter.__name__} is a class; give an instance"):
+        SpeculativeEngine(config_of(), [drafter], TARGET)
 
 
 def test_drafters_of_one_name_are_numbered() -> None:
@@ -186,6 +220,16 @@ def test_text_lists_of_texts_and_chats() -> None:
     assert result.prompt_lengths == [7, 6]
 
 
+def test_a_batch_of_chats() -> None:
+    target = Reciter(b"u:hi\na:hello", 256)
+    engine = engine_of(target, [target.drafter()], ["scripted:2"], tokenizer=byte_tokenizer())
+    chats = [[{"role": "user", "content": text}] for text in ("hi", "h")]
+    result = engine.generate(chats, 5)
+    assert result.texts == ["hello", ":hell"] and result.prompt_lengths == [7, 6]
+    with pytest.raises(ValueError, match="prompt should be"):
+        engine.generate([*chats, []], 5)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -228,6 +272,21 @@ def test_sampled_text_does_not_depend_on_its_place_in_the_batch(variant: str) ->
     assert not torch.equal(batch[2], alone[0])  # the same prompt again is another sample
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(None, 5, b"text", {"role": "user", "content": "hi"}, True, object()),
+        *([1.0, 2.0], [[1.7, 2.2]], [True, False], [[1, True]], [b"text"], [None], [[1], "text"], [["text"]]),
+        torch.tensor([[True, False]]),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused_in_one_sentence(prompt: object) -> None:
+    for engine in (recite("hello")[1], engine_of(TARGET)):
+        with pytest.raises(ValueError, match=r"prompt should be text, messages|bool tensor"):
+            engine.generate(prompt, 5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [{"role": "user"}], ["a", {"role": "user"}]])
 def test_bad_texts_are_refused(prompt: object) -> None:
     _, engine = recite("hello")
@@ -246,6 +305,16 @@ def test_single_fields_are_overridden_for_one_call() -> None:
     assert engine.generate([[1]], 20).output_ids.tolist() == plain
     settings = flashspec.SamplingConfig(temperature=0)
     assert engine.generate([[1]], 20, sampling=settings).output_ids.tolist() == [greedy_text(TARGET, [1], 20)]
+    assert engine.generate([[1]], 20, sampling=GREEDY).output_ids.tolist() == [greedy_text(TARGET, [1], 20)]
+
+
+def test_settings_may_be_dicts() -> None:
+    config = {"device": "cpu", "max_new_tokens": 4, "sampling": {"gamma": 3}}
+    for make in (SpeculativeEngine, lambda config, *rest: SpeculativeEngine.from_pretrained(rest[1], config=config)):
+        engine = make(config, ["ngram"], TARGET)
+        assert engine.config.sampling.gamma == 3 and engine.generate([1]).n_tokens_generated == 4
+    with pytest.raises(ValueError, match="gama"):
+        SpeculativeEngine({"gama": 3}, ["ngram"], TARGET)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +322,9 @@ def test_single_fields_are_overridden_for_one_call() -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 5.5}, "max_new_tokens is 5.5; it should be an integer"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5'; it should be an integer"),
+        ({"sampling": {"heat": 1}}, "heat"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),

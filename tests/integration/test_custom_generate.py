@@ -138,7 +138,8 @@ def test_a_streamer_hears_what_generate_tells_it(model) -> None:
     options = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": PAD}
     expected, heard = Recorder(), Recorder()
     model.generate(**prompts(1), **options, streamer=expected)
-    model.generate(**prompts(1), **options, custom_generate=speculative_generate(arms=["suffix:8"], streamer=heard))
+    ours = speculative_generate("suffix", arms="suffix:8", streamer=heard)
+    model.generate(**prompts(1), **options, custom_generate=ours)
     assert heard.ended and heard.values == expected.values
     with pytest.raises(ValueError, match="this batch has 3"):
         model.generate(**prompts(3), **options, custom_generate=speculative_generate(streamer=heard))

@@ -166,7 +166,7 @@ def test_a_row_is_recorded_until_it_ends() -> None:
     target = MarkovModel.random(6, seed=4)
     outputs = list(open_run(target, [[1], [2]], ["plain"], {}, [2, 5], temperature=0))
     assert [len(output.record.rows) for output in outputs] == [2, 2, 1, 1, 1]
-    assert [[row.row for row in output.rows] for output in outputs] == [[0, 1], [0, 1], [1], [1], [1]]
+    assert [output.rows for output in outputs] == [[0, 1], [0, 1], [1], [1], [1]]
 
 
 def test_rows_of_a_batch_stop_at_their_own_stop_strings() -> None:

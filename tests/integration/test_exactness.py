@@ -87,6 +87,13 @@ class ReversedDrafter:
         return drawn[None], self.logprobs.expand(1, gamma, -1)
 
 
+class CertainDrafter:
+    """Only has generate_draft, which says no log-probabilities: the text's last token again."""
+
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, None]:
+        return input_ids[:, -1:].expand(-1, gamma), None
+
+
 class Trimmed(MarkovModel):
     """Scores only the tokens of `part` (V',)."""
 
@@ -132,6 +139,7 @@ def make_drafters(draft: MarkovModel) -> dict[str, Drafter]:
         "suffix": SuffixDrafter(),
         "early-exit": EarlyExitDrafter(1),
         "host": HostDrafter(ReversedDrafter(vocab_size), "host"),
+        "certain": HostDrafter(CertainDrafter(), "certain"),
         "mute": ScriptedDrafter(lambda text, n: [], "mute"),
         "scripted": ScriptedDrafter(lambda text, n: [(text[-1] + 1) % vocab_size] * (len(text) % (n + 1))),
     }
@@ -180,6 +188,7 @@ CASES = [
     *(Case(f"trimmed heads, {name}", HEADS, settings) for name, settings in TRANSFORMS.items()),
     *(Case(f"trimmed {arm}", (arm,), count=4, vocab_size=4) for arm in ("medusa:3", "eagle:1", "eagle:4")),
     Case("drafter with generate_draft", ("host:2",), rows=10_000),
+    Case("drafter with generate_draft, certain", ("certain:2",), rows=10_000),
     Case("arms at random", MIXED, count=4, vocab_size=4),
     Case("arms adaptively", MIXED, count=4, vocab_size=4, selector="thompson"),
     Case("arms that give way", ("mute:2", "model:3", "scripted:2"), count=4, vocab_size=4, selector="giving way"),

@@ -38,7 +38,7 @@ def test_a_target_row_that_is_not_finite_ends_its_request_only(
 ) -> None:
     target, sound = poisoned(bad)
     run = open_run(target, PROMPTS, arms, every_drafter(sound), 20, lag=lag, **settings)
-    finish = {row.row: row.finish.name for output in run for row in output.rows}
+    finish = {row: output.news.finish[row].name for output in run for row in output.rows}
     assert finish == {0: "LENGTH", 1: "ERROR", 2: "LENGTH"}
     if settings == {"temperature": 0}:
         for row in (0, 2):
@@ -170,9 +170,18 @@ class OutOfVocabulary:
         return torch.full((1, gamma), 6), torch.zeros(1, gamma, 6)
 
 
+class CertainlyOutside:
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, None]:
+        return torch.full((1, gamma), -1), None
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [(WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"), (OutOfVocabulary(), "the vocabulary")],
+    [
+        (WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"),
+        (OutOfVocabulary(), "the vocabulary"),
+        (CertainlyOutside(), "the vocabulary"),
+    ],
 )
 def test_generate_draft_is_not_trusted(source: object, reason: str) -> None:
     target = MarkovModel.random(6, seed=34)

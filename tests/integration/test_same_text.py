@@ -102,7 +102,7 @@ def test_a_cancelled_row_leaves_the_others_alone(arms: list[str], lag: int) -> N
     texts: list[list[int]] = [[] for _ in RAGGED]
     for number, output in enumerate(run):
         for row in output.rows:
-            texts[row.row] += row.token_ids
+            texts[row] += output.news.token_ids[row]
         if number == 1:
             run.cancel(1, FinishReason.CANCELLED)
             cancelled_at = len(texts[1])

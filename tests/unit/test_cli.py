@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -157,6 +158,7 @@ _COMPARISON = {"tokens": EXACT, "tokens_per_second": 1.0, "ratio": 2.0, "identic
 def test_no_speculation_loads_no_drafter(invoke, shelf):
     err = invoke(*generate("abc", "--no-speculation", "--drafter", "small"))[2]
     assert "acceptance length" not in err and "plain" in err
+    assert shelf.asked == ["smollm2"]
 
 
 def test_arms_name_their_drafters(invoke, shelf):
@@ -187,7 +189,9 @@ BAD = {
     "lengths": (("--lengths", "4,0"), "'4,0' should be numbers from 1 to 64"),
     "lengths word": (("--lengths", "4,x"), "'4,x' should be numbers from 1 to 64"),
     "arm": (("--arm", "ngram"), "arm 'ngram' should read 'plain' or 'drafter:length'"),
-    "arm length": (("--arm", "ngram:0"), "length >= 1"),
+    "arm length": (("--arm", "ngram:0"), "write 'ngram:1' or more"),
+    "lengths beside an arm": (("--arm", "ngram:2", "--lengths", "4"), "--lengths says nothing beside --arm"),
+    "min_tokens": (("--min-tokens", "13"), "--min-tokens is 13; it should be at most --max-new-tokens, 12"),
     "arm of another drafter": (("--drafter", "suffix", "--arm", "ngram:2"), "names no drafter of this engine"),
     "vocabulary": (("--drafter", "other"), "drafter 'other' has 23 tokens and the target 22"),
     "model without a model": (("--drafter", "model"), "needs a model"),
@@ -443,11 +447,35 @@ def test_bench_passes_on_what_was_named(invoke, monkeypatch, tmp_path):
         (("--prompts", "nowhere.txt"), "'nowhere.txt' does not exist"),
         (("--limit", "0"), "0 is not in the range"),
         (("--max-new-tokens", "0"), "0 is not in the range"),
+        (("--output", "x.csv"), "'x.csv' should end in .json"),
+        (("--output", "x.png"), "'x.png' should end in .json"),
+        (("--methods", " ,"), "' ,' names no method"),
     ],
 )
-def test_bench_refuses(invoke, options, sentence):
+def test_bench_refuses(invoke, options, sentence, monkeypatch):
+    monkeypatch.setattr("flashspec.bench.endtoend.run", raising(AssertionError("it was measured")))
     status, _, err = invoke("bench", "endtoend", *options)
     assert status == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_bench_wants_a_shape_for_random_weights(invoke):
+    status, _, err = invoke("bench", "steps", "--random")
+    assert status == 2 and "--random needs --shape" in err and err.count("\n") == 1
+
+
+def test_bench_tries_to_write_before_it_measures(invoke, monkeypatch, tmp_path):
+    def measure(output, **options):
+        assert not list(output.parent.iterdir())  # what was tried is gone
+        return "result"
+
+    monkeypatch.setattr("flashspec.bench.report.table", str)
+    monkeypatch.setattr("flashspec.bench.endtoend.run", measure)
+    assert invoke("bench", "endtoend", "--output", str(tmp_path / "new" / "x.json"))[::2] == (0, "")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("flashspec.bench.endtoend.run", raising(AssertionError("it was measured")))
+    for place in (Path("/proc/x.json"), tmp_path / "file" / "x.json"):
+        status, _, err = invoke("bench", "endtoend", "--output", str(place))
+        assert status == 1 and f"--output {place} cannot be written: " in err and err.count("\n") == 1
 
 
 def test_help_and_version(invoke):
@@ -458,6 +486,11 @@ def test_help_and_version(invoke):
         status, out, _ = invoke(*arguments)
         assert status == 0 and all(name in out for name in ("generate", "chat", "bench", "models"))
     assert invoke("bench")[::2] == (2, "flashspec: Missing command; see 'flashspec bench --help'\n")
+
+
+def test_python_runs_the_package():
+    command = [sys.executable, "-m", "flashspec", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("flashspec ")
 
 
 def test_help_imports_nothing_heavy():

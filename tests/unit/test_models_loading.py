@@ -315,3 +315,9 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_reference_of_a_folder(folder: Path) -> None:
     model = hf_reference(folder, torch.bfloat16)
     assert isinstance(model, tf.LlamaForCausalLM) and model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "mps", torch.device("meta")])
+def test_a_device_that_is_none_is_refused_in_one_sentence(device: str | torch.device) -> None:
+    with pytest.raises(ValueError, match="it should be 'cpu', 'cuda' or 'cuda:N'"):
+        load_model("smollm2", device=device)

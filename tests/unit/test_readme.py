@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fakes import MarkovModel
 
 from flashspec.bench.report import markdown
+from flashspec.drafters import registry
+from flashspec.engine import SpeculativeEngine
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,6 +93,21 @@ def test_a_sentences_numbers_are_those_of_the_result_files(claim: str, expected:
 
 def test_no_other_sentence_has_a_measured_number() -> None:
     assert unread(PROSE, [claim for claim, _ in CLAIMS]) == []
+
+
+def test_the_drafter_of_the_snippet_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    (snippet,) = re.findall(r"```python\n([^`]*@register[^`]*)```", README)
+    target, made = MarkovModel.random(6, seed=3), []
+
+    def on_a_small_model(name: str, drafters: list[str]) -> None:
+        made.append(SpeculativeEngine({"device": "cpu"}, drafters, target, arms="mine:3"))
+
+    monkeypatch.setattr(SpeculativeEngine, "from_pretrained", on_a_small_model)
+    exec(snippet, {})
+    target.table[:, 2] = 9.0 * torch.eye(6)[2]  # behind a 2 there is no other token
+    result = made[0].generate([[2]], 12, temperature=1.0, seed=1)
+    assert result.output_ids.tolist() == [[2] * 12] and result.acceptance_rate == 1.0
 
 
 def test_bit_for_bit_is_what_it_says() -> None:

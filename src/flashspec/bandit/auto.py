@@ -98,7 +98,9 @@ class AutoSelector(DraftSelector):
     ) -> None:
         super().__init__(n_arms, window_size)
         if len(arms) != n_arms or len(seconds) != n_arms:
-            raise ValueError(f"arms and seconds should name {n_arms} arms: got {len(arms)} and {len(seconds)}")
+            raise ValueError(
+                f"n_arms is {n_arms}: arms and seconds should name {n_arms} arms, got {len(arms)} and {len(seconds)}"
+            )
         self._arms = [(str(drafter), whole_number("length", length)) for drafter, length in arms]
         self._guesses = [real_number("seconds", value, 0.0) for value in seconds]
         self._seed = seed

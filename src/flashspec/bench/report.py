@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,14 +125,22 @@ def cells(result: Result) -> tuple[list[Column], list[list[str]]]:
 
 
 def table(result: Result) -> Table:
-    """Rows in the order they were measured."""
+    """Rows in the order they were measured; what is the same in all of them is said in the title."""
     columns, rows = cells(result)
-    found = Table(title=title(result), box=SIMPLE_HEAD)
-    for column in columns:
-        found.add_column(column.heading, justify="left" if column.role == NAME else "right")
+    varying = [index for index in range(len(columns)) if len({row[index] for row in rows}) > 1 or len(rows) < 2]
+    same = [f"{columns[index].heading} {rows[0][index]}" for index in range(len(columns)) if index not in varying]
+    found = Table(title=", ".join([title(result), *same]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in (columns[index] for index in varying):
+        whole = column.role != "note"
+        found.add_column(_folded(column.heading), justify="left" if column.role == NAME else "right", no_wrap=whole)
     for row in rows:
-        found.add_row(*row)
+        found.add_row(*(row[index] for index in varying))
     return found
+
+
+def _folded(heading: str) -> str:
+    """Over two lines, where it has two words."""
+    return textwrap.fill(heading, len(heading) // 2 + 1, break_long_words=False)
 
 
 def markdown(result: Result) -> str:

@@ -26,6 +26,19 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> lis
     return [int(part) for part in parts]
 
 
+def _methods(context: click.Context, option: click.Parameter, value: str) -> list[str]:
+    found = _words(context, option, value)
+    if not found:
+        raise click.BadParameter(f"{value!r} names no method; it should be such as plain,auto")
+    return found
+
+
+def _json_path(context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix != ".json":
+        raise click.BadParameter(f"'{value}' should end in .json: the CSV and the plot that go beside it have its name")
+    return value
+
+
 batch_size_option = click.option(
     "--batch-size",
     "batch_sizes",
@@ -34,7 +47,10 @@ batch_size_option = click.option(
     help="Rows decoded together, such as 1,4,16: throughput by batch size.  [default: 1]",
 )
 output_option = click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file; CSV and a plot go beside it."
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_json_path,
+    help="A .json file; CSV and a plot go beside it.",
 )
 
 
@@ -65,7 +81,7 @@ def bench() -> None:
     "--methods",
     default="hf-float32,hf-bfloat16,plain,auto",
     show_default=True,
-    callback=_words,
+    callback=_methods,
     help="Also hf-compiled (on a GPU), hf-lookup, hf-assisted, arms such as ngram:4 or eagle3:4, and the selectors "
     "ucb1 and thompson; auto@arms, ucb1@arms and thompson@arms choose among the arms of this list.",
 )
@@ -126,6 +142,8 @@ def steps(
     **options: Any,
 ) -> None:
     """What a step is made of: forwards by width, arms, drafters by size; times, and the share of the memory's speed."""
+    if options["random"] and options["shape"] is None:
+        raise click.UsageError("--random needs --shape, such as 8b")
     from flashspec.bench.steps import Plan, run
 
     plan = Plan(widths, batch_sizes or [1], arms, drafter_sizes, baselines)
@@ -165,8 +183,19 @@ def _measure(run: Callable[..., dict[str, Any]], options: dict[str, Any]) -> Non
     from flashspec.bench.report import table
 
     if options["output"] is not None:
-        options["output"].parent.mkdir(parents=True, exist_ok=True)  # a fault here costs no run
+        _try_to_write(options["output"])
     named = {name: value for name, value in options.items() if value not in (None, (), [])}
     with Waiting() as waiting:
         result = run(progress=waiting, **named)
     Console().print(table(result))
+
+
+def _try_to_write(path: Path) -> None:
+    """A fault here costs no run."""
+    trial = path.with_name(path.name + ".part")  # as the result will be, before it has its name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"--output {path} cannot be written: {error.strerror}") from None

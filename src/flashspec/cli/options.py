@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flashspec.core import Arm
     from flashspec.drafters import Drafter
     from flashspec.engine import SpeculativeEngine
-    from flashspec.models.base import LanguageModel
     from flashspec.models.loading import LoadedModel
 
 Command = Callable[..., None]
@@ -59,29 +58,28 @@ class EngineOptions:
     def load(self) -> SpeculativeEngine:
         """ValueError or FlashSpecError says what cannot be had."""
         with Waiting() as waiting:
-            import torch
-
             from flashspec.models.loading import check_device
 
             config = self.config()
-            check_device(torch.device(config.device))
+            check_device(config.device)
             return self._build(config, waiting)
 
     def _build(self, config: FlashSpecConfig, progress: Waiting) -> SpeculativeEngine:
         from flashspec.core import PLAIN, Arm
         from flashspec.engine import SpeculativeEngine
-        from flashspec.engine.arms import default_drafters, make_drafter, unique_names
+        from flashspec.engine.arms import default_drafters, load_drafter, make_drafter, unique_names
         from flashspec.models.loading import load_model
 
         def load(source: str) -> LoadedModel:
             return load_model(source, device=config.device, dtype=config.dtype, progress=progress)
 
         arms = [PLAIN] if self.no_speculation else [Arm.parse(name) for name in self.arm]
-        named = self.drafter or tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
+        playing = tuple(dict.fromkeys(arm.drafter for arm in arms if arm.length))
+        named = playing if self.no_speculation else self.drafter or playing
         target = load(self.target)
         sources = named or (() if arms else default_drafters(target.model, self.selector))
         drafters = unique_names(
-            [make_drafter(source, target.model, lambda name: _load_drafter(name, load)) for source in sources]
+            [make_drafter(source, target.model, lambda name: load_drafter(name, load)) for source in sources]
         )
         arms = arms or self._cross(drafters)
         if self.selector == "fixed" and len(arms) > 1:
@@ -97,18 +95,6 @@ class EngineOptions:
 
         drafting = [Arm(name, length) for name in drafters for length in self.lengths or drafters[name].lengths]
         return drafting if self.selector == "fixed" else [PLAIN, *drafting]
-
-
-def _load_drafter(source: str, load: Callable[[str], LoadedModel]) -> tuple[LanguageModel, str]:
-    from flashspec.core import FlashSpecError
-    from flashspec.drafters import list_drafters
-
-    try:
-        loaded = load(source)
-    except FlashSpecError as error:
-        known = ", ".join(list_drafters())
-        raise FlashSpecError(f"drafter {source!r} is none of {known}, and no model: {error}") from None
-    return loaded.model, loaded.name
 
 
 def model_options(command: Command) -> Command:
@@ -154,7 +140,7 @@ _SPECULATION = (
         help="Draft lengths, such as 2,4,8: every drafter at each of them, and plain decoding.",
     ),
     click.option("--arm", multiple=True, help="An exact arm instead, such as ngram:4 or plain. Repeatable."),
-    click.option("--no-speculation", is_flag=True, help="Plain decoding only."),
+    click.option("--no-speculation", is_flag=True, help="Plain decoding only, whatever drafters are named."),
 )
 _SAMPLING = (
     click.option(
@@ -190,6 +176,11 @@ def engine_options(command: Command) -> Command:
     def collect(**values: Any) -> None:
         from flashspec.config import SamplingConfig
 
+        if values["lengths"] and values["arm"]:
+            raise click.UsageError("--lengths says nothing beside --arm, which names its own length: drop one of them")
+        if values["min_tokens"] > values["max_new_tokens"]:
+            most, least = values["max_new_tokens"], values["min_tokens"]
+            raise click.UsageError(f"--min-tokens is {least}; it should be at most --max-new-tokens, {most}")
         sampling = {name: values.pop(name) for name in SamplingConfig.model_fields if name in values}
         named = {field.name: values.pop(field.name) for field in fields(EngineOptions) if field.name in values}
         command(options=EngineOptions(**named, sampling=sampling), **values)

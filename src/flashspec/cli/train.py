@@ -50,7 +50,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Keep the target's LM head in place of its own: a smaller file, and better Medusa heads.",
 )
-@click.option("--resume", is_flag=True, help="Go on in --out where it was left, perhaps with more --minutes.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on in --out where it was left, perhaps with more --minutes; from the beginning if nothing is there.",
+)
 def train_drafter(
     target: str,
     kind: str,
@@ -68,16 +72,16 @@ def train_drafter(
 
     TARGET is of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2."""
     if not 0 < minutes < float("inf"):
-        raise click.UsageError(f"--minutes is {minutes:g}; it should be above 0")
+        raise click.UsageError(f"--minutes is {minutes:g}; it should be a number above 0")
+    if resume and not out.exists():
+        complain(f"there is nothing at --out {out} yet: the training begins there")
     with Waiting():
-        import torch
-
         from flashspec.models.loading import check_device
         from flashspec.training import Kind, Settings
         from flashspec.training import train_drafter as train
 
         if device is not None:
-            check_device(torch.device(device))
+            check_device(device)
         settings = Settings.of(
             Kind(kind), shares_lm_head=share_lm_head, seconds=60 * minutes, seed=seed, draft_vocab=draft_vocab
         )

@@ -78,12 +78,14 @@ class Proposer(ABC):
 
 
 class Drafter(ABC):
-    """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise. `on_host`: its
-    proposers read `texts`, so a step must wait until the host knows the one before. `feature_layers`: the target's
-    hidden states that its proposers ask for, so that they can be recorded from the beginning."""
+    """`name` labels its arms; `lengths` are the draft lengths worth trying when nobody says otherwise, `longest` the
+    most that it can draft. `on_host`: its proposers read `texts`, so a step must wait until the host knows the one
+    before. `feature_layers`: the target's hidden states that its proposers ask for, so that they can be recorded from
+    the beginning."""
 
     name: str = "drafter"
     lengths: tuple[int, ...] = (2, 4, 8)
+    longest: int = 64
     on_host: bool = False
     feature_layers: tuple[int, ...] = ()
 

@@ -24,7 +24,7 @@ from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
 from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.base import LanguageModel, Sample, SharesVocabulary
-from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, read_json
+from flashspec.models.checkpoint import SafetensorsFolder, Weights, decoder_config, kind_of_head, read_json
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
 KINDS = ("eagle3", "medusa", "tiny")
@@ -62,13 +62,13 @@ def head_kind(source: Any) -> str | None:
     if not isinstance(source, str | Path):
         return None
     path = Path(source).expanduser() / "config.json"
-    return _kind(read_json(path)) if path.is_file() else None
+    return kind_of_head(read_json(path)) if path.is_file() else None
 
 
 def load_head(folder: Path, target: LanguageModel, name: str) -> Drafter:
     """A head as a drafter for this target; FlashSpecError says what does not fit, or what the folder lacks."""
     config = read_json(folder / "config.json")
-    kind = _kind(config)
+    kind = kind_of_head(config)
     if kind not in KINDS:
         raise FlashSpecError(f"{folder} holds a head of kind {kind!r}; the known ones are {', '.join(KINDS)}")
     if not isinstance(target, SharesVocabulary):
@@ -89,16 +89,6 @@ def _open(folder: Path, kind: str | None) -> SafetensorsFolder:
     )
 
 
-def _kind(config: Mapping[str, Any]) -> str | None:
-    ours = config.get("flashspec", {}).get("kind")
-    if ours is not None:
-        return str(ours)
-    if "medusa_num_heads" in config:
-        return "medusa"
-    named = any("eagle3" in name.lower() for name in config.get("architectures") or [])
-    return "eagle3" if named or "draft_vocab_size" in config else None
-
-
 class _Head:
     """A head's folder beside its target."""
 
@@ -108,7 +98,7 @@ class _Head:
             if config.get(field, own) != own:
                 raise self.refusal(f"its {field} is {config[field]} and the target's {own}")
         self._check_hash()
-        self.file = _open(folder, _kind(config))
+        self.file = _open(folder, kind_of_head(config))
         self.weights = Weights(self.file, target.device, target.dtype)
         self.part = self._part() if "d2t" in self.file else None
 

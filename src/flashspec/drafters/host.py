@@ -13,9 +13,10 @@ from flashspec.drafters.base import DraftContext, Drafter, Proposer
 
 @runtime_checkable
 class GeneratesDraft(Protocol):
-    """input_ids (B, T) int64 -> ids (B, γ) int64 and the log-probabilities (B, γ, V) they were drawn from."""
+    """input_ids (1, T) int64 -> ids (1, γ) int64 and the log-probabilities (1, γ, V) they were drawn from; None: these
+    tokens for certain."""
 
-    def generate_draft(self, input_ids: Tensor, gamma: int) -> tuple[Tensor, Tensor]: ...
+    def generate_draft(self, input_ids: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]: ...
 
 
 class HostDrafter(Drafter):
@@ -42,6 +43,8 @@ class HostProposer(Proposer):
         for row, text in enumerate(context.texts):
             if context.active[row]:
                 ids, logprobs = self.source.generate_draft(torch.tensor([text], device=device), length)
+                if logprobs is None:
+                    logprobs = _certain(ids, vocab_size)
                 if ids.shape != (1, length) or logprobs.shape != (1, length, vocab_size):
                     raise ValueError(
                         f"generate_draft returned shapes {tuple(ids.shape)} and {tuple(logprobs.shape)}; "
@@ -51,3 +54,9 @@ class HostProposer(Proposer):
         sound = logits.amax(-1).isfinite() & (token_ids >= 0) & (token_ids < vocab_size)  # (B, length)
         lengths = sound.long().cumprod(1).sum(1)
         return Draft(token_ids.clamp(0, vocab_size - 1), lengths, logits, lengths < length)
+
+
+def _certain(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """(1, γ) -> (1, γ, V): no token but these, and an id outside the vocabulary is left to be found."""
+    logprobs = torch.full((*token_ids.shape, vocab_size), -torch.inf, device=token_ids.device)
+    return logprobs.scatter_(-1, token_ids.clamp(0, vocab_size - 1)[..., None], 0.0)

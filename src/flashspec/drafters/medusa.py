@@ -92,6 +92,7 @@ class MedusaDrafter(Drafter):
     def __init__(self, heads: MedusaHeads, name: str = "medusa") -> None:
         self.heads = heads
         self.name = name
+        self.longest = heads.count
         self.lengths = tuple(sorted({min(length, heads.count) for length in (2, 4)}))
         self.feature_layers = tuple(sorted(set(heads.layers)))
 

@@ -7,6 +7,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from flashspec.drafters.base import Drafter
+from flashspec.drafters.host import GeneratesDraft
+
 ENTRY_POINTS = "flashspec.drafters"
 BUILT_IN = {
     "ngram": "flashspec.drafters.ngram:NgramDrafter",
@@ -21,12 +24,17 @@ DrafterClass = TypeVar("DrafterClass", bound=type[Any])
 
 
 def register(name: str) -> Callable[[DrafterClass], DrafterClass]:
-    """Class decorator: make a drafter known by name. A taken name raises ValueError, unless by the same class."""
+    """Class decorator: make a drafter known by name. A taken name raises ValueError, unless by the same class; so does
+    what is no drafter's class."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a drafter's name is {name!r}; it should be a text, as in @register('mine')")
 
     def add(cls: DrafterClass) -> DrafterClass:
         known = _registered.get(name)
         if name in BUILT_IN or (known is not None and known.__qualname__ != cls.__qualname__):
             raise ValueError(f"a drafter named {name!r} is already registered; choose another name")
+        if not isinstance(cls, type) or not issubclass(cls, Drafter | GeneratesDraft):
+            raise ValueError(f"drafter {name!r} is {cls!r}; it should be a class with generate_draft, or a Drafter's")
         _registered[name] = cls
         return cls
 

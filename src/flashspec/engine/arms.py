@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ from flashspec.drafters.host import GeneratesDraft, HostDrafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.models.base import LanguageModel
-from flashspec.models.loading import locate
+from flashspec.models.loading import LoadedModel, locate
 
 Load = Callable[[Any], tuple[LanguageModel, str]]
 BEST_HEADS = ("eagle3",)  # of those that come with the package, the kinds that are used unasked
+
+
+def listed(named: Any) -> list[Any]:
+    """What an iterable holds; anything else, a text too, as a list of one."""
+    return list(named) if isinstance(named, Iterable) and not isinstance(named, str) else [named]
 
 
 def default_drafters(target: LanguageModel, strategy: str = "auto") -> list[str]:
@@ -28,6 +33,8 @@ def default_drafters(target: LanguageModel, strategy: str = "auto") -> list[str]
 def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
     """A drafter from itself, a registered name, a class with `generate_draft`, a head's folder or hub id, or a model in
     any form that `load` takes; `load` returns the model and a name for it."""
+    if isinstance(source, type):
+        raise ValueError(f"drafter {source.__name__} is a class; give an instance, such as {source.__name__}()")
     if isinstance(source, str) and source in list_drafters() and not is_head(source):
         cls = get_drafter(source)
         if not issubclass(cls, Drafter):
@@ -45,6 +52,16 @@ def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
     drafter = ModelDrafter(*load(source))
     drafter.check(target)
     return drafter
+
+
+def load_drafter(source: Any, load: Callable[[Any], LoadedModel]) -> tuple[LanguageModel, str]:
+    """A drafter's model and its name; FlashSpecError names the registered drafters too, one of which may be meant."""
+    try:
+        loaded = load(source)
+    except FlashSpecError as error:
+        known = ", ".join(list_drafters())
+        raise FlashSpecError(f"drafter {source!r} is none of {known}, and no model: {error}") from None
+    return loaded.model, loaded.name
 
 
 def _head_folder(source: Any) -> Path | None:
@@ -74,7 +91,8 @@ def default_arms(drafters: dict[str, Drafter]) -> list[Arm]:
 
 
 def check_arms(arms: Sequence[Arm], drafters: dict[str, Drafter]) -> list[Arm]:
-    """ValueError where an arm names no drafter, or drafts more than 64 tokens."""
+    """Each once, none longer than its drafter can draft. ValueError where an arm names no drafter, or drafts more than
+    64 tokens."""
     if not arms:
         raise ValueError("arms is empty; name at least one, for example 'plain'")
     for arm in arms:
@@ -82,4 +100,5 @@ def check_arms(arms: Sequence[Arm], drafters: dict[str, Drafter]) -> list[Arm]:
             raise ValueError(f"arm {str(arm)!r} names no drafter of this engine; it has {sorted(drafters)}")
         if arm.length > 64:
             raise ValueError(f"arm {str(arm)!r} drafts {arm.length} tokens; the most is 64")
-    return list(arms)
+    within = [Arm(arm.drafter, min(arm.length, drafters[arm.drafter].longest)) if arm.length else arm for arm in arms]
+    return list(dict.fromkeys(within))

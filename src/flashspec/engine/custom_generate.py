@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import Arm, FlashSpecError
+from flashspec.engine.arms import listed
 from flashspec.engine.engine import SpeculativeEngine
 from flashspec.engine.output import Chunk
 
@@ -43,7 +44,7 @@ def speculative_generate(
     streamer: a transformers one, for one prompt; it belongs here, since `generate` hands on neither its own `streamer`
     nor its `assistant_model`. Draws follow torch's CPU generator. ValueError for what cannot be honoured exactly.
     """
-    recipe = tuple(drafters), None if arms is None else tuple(arms), load
+    recipe = tuple(listed(drafters)), None if arms is None else tuple(listed(arms)), load
 
     def generate(
         model: Any,

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from flashspec.bandit import DraftSelector, make_selector
 from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord
-from flashspec.engine.arms import check_arms, default_arms, default_drafters, make_drafter, unique_names
+from flashspec.engine.arms import (
+    check_arms,
+    default_arms,
+    default_drafters,
+    listed,
+    load_drafter,
+    make_drafter,
+    unique_names,
+)
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.generation import Conversation, Generation
 from flashspec.engine.graphs import CudaGraphs, WherePossible
@@ -70,32 +79,32 @@ class SpeculativeEngine:
     Drafter, a registered name, an object with `generate_draft`, or a model in any of the target's forms. bandit: a
     selector with one arm for each of `arms`, for batches of every size; None makes the configured one for each power of
     two, since what an arm costs depends on the rows. arms: Arm objects or names such as
-    'ngram:4' and 'plain'; None is one arm a drafter at `config.sampling.gamma` (plain without drafters).
+    'ngram:4' and 'plain'; None is one arm a drafter at `config.sampling.gamma` (plain without drafters). A single
+    drafter or arm counts as a list of one, and settings may be dicts.
     One batch runs at a time: calls from several threads wait for each other, and a thread with an unfinished stream
     gets a RuntimeError.
     """
 
     def __init__(
         self,
-        config: FlashSpecConfig,
-        drafters: Sequence[Any],
+        config: FlashSpecConfig | Mapping[str, Any],
+        drafters: Any,
         target: Any,
         bandit: DraftSelector | None = None,
         *,
-        arms: Sequence[Arm | str] | None = None,
+        arms: Sequence[Arm | str] | Arm | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = FlashSpecConfig.model_validate(config)
         loaded = _load(target, config)
         self.target: LanguageModel = loaded.model
         self.tokenizer = tokenizer or loaded.tokenizer
         self.eos_token_ids = loaded.eos_token_ids
-        self.drafters = unique_names(
-            [make_drafter(d, self.target, partial(_load_named, config=config)) for d in drafters]
-        )
+        load = partial(load_drafter, load=partial(_load, config=config))
+        self.drafters = unique_names([make_drafter(drafter, self.target, load) for drafter in listed(drafters)])
         if arms is None:
             arms = [Arm(name, config.sampling.gamma) for name in self.drafters] or [PLAIN]
-        self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in arms], self.drafters)
+        self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in listed(arms)], self.drafters)
         device = self.target.device
         capture = WherePossible(CudaGraphs(device)) if device.type == "cuda" else None
         self.costs = measure_costs(self.target, capture=capture)
@@ -116,10 +125,10 @@ class SpeculativeEngine:
     def from_pretrained(
         cls,
         target: Any = None,
-        drafters: Sequence[Any] | None = None,
+        drafters: Any = None,
         *,
-        config: FlashSpecConfig | None = None,
-        arms: Sequence[Arm | str] | None = None,
+        config: FlashSpecConfig | Mapping[str, Any] | None = None,
+        arms: Sequence[Arm | str] | Arm | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> SpeculativeEngine:
@@ -129,13 +138,15 @@ class SpeculativeEngine:
 
         arms None: for the strategy `auto` plain decoding and every drafter at each of its usual lengths, for the
         others one arm a drafter at `sampling.gamma`. progress(what, fraction or None) hears of downloads."""
-        config = FlashSpecConfig(**{**(config.model_dump() if config else {}), **settings})
+        given = FlashSpecConfig.model_validate(config).model_dump() if config is not None else {}
+        config = FlashSpecConfig(**{**given, **settings})
         loaded = _load(target or config.target_name or DEFAULT, config, progress)
         if drafters is None:
             drafters = (
                 [config.drafter_name] if config.drafter_name else default_drafters(loaded.model, config.bandit.strategy)
             )
-        made = [make_drafter(drafter, loaded.model, partial(_load_named, config=config)) for drafter in drafters]
+        load = partial(load_drafter, load=partial(_load, config=config))
+        made = [make_drafter(drafter, loaded.model, load) for drafter in listed(drafters)]
         if arms is None and config.bandit.strategy == "auto":
             arms = default_arms(unique_names(made))
         return cls(config, made, loaded, arms=arms)
@@ -145,15 +156,15 @@ class SpeculativeEngine:
         prompt: Prompt,
         max_new_tokens: int | None = None,
         *,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> GenerationResult:
-        """Decode to the end. prompt: text, a list of texts, a chat, or token ids (B, T), where -1 pads.
+        """Decode to the end. prompt: text, a chat, token ids, or a list of these, where -1 pads ids.
 
         sampling None is the engine's own; changes are single fields of it (temperature=0, seed=1, ...). ValueError
         for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the target's context."""
         generation = self.stream(prompt, max_new_tokens, sampling=sampling, **changes)
-        for _ in generation:
+        for _ in generation.records():
             pass
         return generation.result()
 
@@ -162,28 +173,28 @@ class SpeculativeEngine:
         prompt: Prompt,
         max_new_tokens: int | None = None,
         *,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
         memory: PrefixCache | None = None,
         **changes: Any,
     ) -> Generation:
         """The same, as an iterator of Chunks with a `result()` of all that has been written so far."""
-        settings = sampling or self.config.sampling
+        settings = self._sampling(sampling)
         if changes:
             settings = SamplingConfig(**{**settings.model_dump(), **changes})
         limit = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if limit < 1:
-            raise ValueError(f"max_new_tokens is {limit}; it should be at least 1")
+        if not isinstance(limit, Integral) or limit < 1:
+            raise ValueError(f"max_new_tokens is {limit!r}; it should be an integer, at least 1")
         if settings.stop and self.tokenizer is None:
             raise ValueError(f"stop is {settings.stop!r}, but stop strings need a tokenizer")
         prompts = encode_prompts(prompt, self.tokenizer, self.target)
         return Generation(self, prompts, limit, settings, memory)
 
-    def warm_up(self, rows: int = 1, sampling: SamplingConfig | None = None) -> None:
+    def warm_up(self, rows: int = 1, sampling: SamplingConfig | Mapping[str, Any] | None = None) -> None:
         """On a GPU compile and capture what batches of so many rows need, which the first of them would do otherwise;
         nothing on a CPU."""
         if self.workspaces is not None:
             with self.turn:
-                Generation(self, [[0]] * rows, 1, sampling or self.config.sampling, None).begin()
+                Generation(self, [[0]] * rows, 1, self._sampling(sampling), None).begin()
 
     def selector_for(self, rows: int) -> DraftSelector:
         """The one that learns from batches of about so many rows; `selector` is the one for a single row."""
@@ -192,6 +203,9 @@ class SpeculativeEngine:
     def conversation(self, system: str | None = None) -> Conversation:
         """A chat that keeps its messages and its caches."""
         return Conversation(self, system)
+
+    def _sampling(self, given: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
+        return self.config.sampling if given is None else SamplingConfig.model_validate(given)
 
     def _make_selector(self) -> DraftSelector:
         bandit = self.config.bandit
@@ -215,8 +229,3 @@ def _load(source: Any, config: FlashSpecConfig, progress: Progress | None = None
     if isinstance(source, LanguageModel):
         return LoadedModel(source, None, (), type(source).__name__)
     return load_model(source, device=config.device, dtype=config.dtype, progress=progress)
-
-
-def _load_named(source: Any, config: FlashSpecConfig) -> tuple[LanguageModel, str]:
-    loaded = _load(source, config)
-    return loaded.model, loaded.name

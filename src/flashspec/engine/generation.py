@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flashspec.config import SamplingConfig
 from flashspec.core import FinishReason, GenerationResult, StepRecord
-from flashspec.engine.loop import Run
+from flashspec.engine.loop import Run, StepOutput
 from flashspec.engine.output import Chunk, RowText, make_result
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
@@ -44,13 +44,23 @@ class Generation:
         self.rows = [RowText(settings.stop, TextStream(tokenizer) if tokenizer else None) for _ in prompts]
         self.steps: list[StepRecord] = []
         self.seconds = 0.0
-        self._chunks = self._decode()
+        self._outputs = self._decode()
+        self._chunks = self._write()
 
     def __iter__(self) -> Iterator[Chunk]:
         yield from self._chunks  # not the generator itself: that one and self keep each other alive when a loop is left
 
+    def records(self) -> Iterator[StepRecord]:
+        """The same, a step an item, for callers of `result` only: half of a large batch's host time is its Chunks."""
+        with closing(self._outputs) as outputs:
+            for output in outputs:
+                for row in output.rows:
+                    self.rows[row].add(output.news, row)
+                yield output.record
+
     def result(self) -> GenerationResult:
         self._chunks.close()
+        self._outputs.close()
         for row in self.rows:
             if row.finish is FinishReason.RUNNING:
                 row.finish = FinishReason.CANCELLED
@@ -65,7 +75,17 @@ class Generation:
             self.settings.logprobs is not None,
         )
 
-    def _decode(self) -> Generator[Chunk, None, None]:
+    def _write(self) -> Generator[Chunk, None, None]:
+        with closing(self._outputs) as outputs:
+            for output in outputs:
+                news = output.news
+                for row in output.rows:
+                    count, text = self.rows[row].add(news, row)
+                    token_ids, logprobs, finish = news.token_ids[row], news.logprobs[row], self.rows[row].finish
+                    reason = None if finish is FinishReason.RUNNING else finish.name.lower()
+                    yield Chunk(row, token_ids[:count], text, output.record, logprobs[:count], reason)
+
+    def _decode(self) -> Generator[StepOutput, None, None]:
         with self.engine.turn:
             started = time.perf_counter()
             run = self.begin()
@@ -80,24 +100,15 @@ class Generation:
             finally:
                 run.close()
 
-    def _follow(self, run: Run, started: float) -> Iterator[Chunk]:
+    def _follow(self, run: Run, started: float) -> Iterator[StepOutput]:
         for output in run:
             self.steps.append(output.record)
             self.engine.metrics.record(output.record)
             self.seconds = time.perf_counter() - started
-            for row_output in output.rows:
-                row = self.rows[row_output.row]
-                count, text = row.add(row_output)
-                if row.finish is FinishReason.STOP and row_output.finish is FinishReason.RUNNING:
-                    run.cancel(row_output.row, FinishReason.STOP)
-                yield Chunk(
-                    row_output.row,
-                    tuple(row_output.token_ids[:count]),
-                    text,
-                    output.record,
-                    tuple(row_output.logprobs[:count]),
-                    None if row.finish is FinishReason.RUNNING else row.finish.name.lower(),
-                )
+            yield output
+            for row in output.rows if self.settings.stop else ():
+                if self.rows[row].cut and output.news.finish[row] is FinishReason.RUNNING:
+                    run.cancel(row, FinishReason.STOP)
 
     def begin(self) -> Run:
         """The run of this call; on a GPU everything that it needs is compiled and captured afterwards."""

@@ -8,14 +8,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import and_
 from warnings import warn
 
 import torch
 
 from flashspec.bandit import DraftSelector
-from flashspec.core import PLAIN, Arm, Draft, FinishReason, RowStep, StepRecord, TokenLogprobs
+from flashspec.core import PLAIN, Arm, Draft, FinishReason, StepRecord
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
-from flashspec.engine.outcome import Letter, Outcome
+from flashspec.engine.outcome import Letter, News, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import verify
 from flashspec.engine.workspace import Workspace
@@ -23,19 +24,12 @@ from flashspec.models.reader import Reader
 
 
 @dataclass(slots=True)
-class RowOutput:
-    """What one step added to one row."""
-
-    row: int
-    token_ids: list[int]
-    finish: FinishReason
-    logprobs: list[TokenLogprobs]
-
-
-@dataclass(slots=True)
 class StepOutput:
+    """rows: those that were unfinished, which the record has an entry each of."""
+
     record: StepRecord
-    rows: list[RowOutput]
+    rows: list[int]
+    news: News
 
 
 @dataclass(slots=True)
@@ -235,21 +229,19 @@ class Run:
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
-        fetched = flight.letter.fetch()  # waits for the device
+        news = flight.letter.fetch()  # waits for the device
         now = self.clock()
         seconds, self._landed = now - max(flight.started, self._landed), now
-        outputs, steps = [], []
-        for row, news in enumerate(fetched):
-            state.texts[row].extend(news.token_ids)
-            if flight.active[row] and state.active[row]:
-                steps.append(RowStep(news.drafted, news.accepted, len(news.token_ids)))
-                outputs.append(RowOutput(row, news.token_ids, news.finish, news.logprobs))
-                state.active[row] = news.finish is FinishReason.RUNNING
-        record = StepRecord(flight.arm, tuple(steps), seconds)
-        self._settle(flight, record, max(len(news.token_ids) for news in fetched))
-        if any(news.faulty for news in fetched):
+        rows = [row for row, active in enumerate(map(and_, flight.active, state.active)) if active]
+        for text, token_ids in zip(state.texts, news.token_ids, strict=True):
+            text.extend(token_ids)
+        for row in rows:
+            state.active[row] = news.finish[row] is FinishReason.RUNNING
+        record = StepRecord(flight.arm, tuple([news.steps[row] for row in rows]), seconds)
+        self._settle(flight, record, max(map(len, news.token_ids)))
+        if news.faulty:
             self._quarantine(flight.arm.drafter, "its draft held NaN or an id outside the vocabulary")
-        return StepOutput(record, outputs)
+        return StepOutput(record, rows, news)
 
     def _settle(self, flight: _Flight, record: StepRecord, grown: int) -> None:
         """grown: how many tokens the step added to a row at the most."""
@@ -260,7 +252,9 @@ class Run:
             self._advance(grown)
         for reader in flight.counted:
             reader.stale -= flight.width - grown
-        pairs = [(row.drafted, row.accepted) for row in record.rows]
+        pairs = None  # a plain step says nothing of its rows
+        if flight.arm.length or flight.gave_way:
+            pairs = [(row.drafted, row.accepted) for row in record.rows]
         for index in flight.gave_way:  # what came of trying it first
             self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
         if flight.arm_index is not None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from flashspec.core import FinishReason, GenerationResult, StepRecord, TokenLogprobs
-from flashspec.engine.loop import RowOutput
+from flashspec.engine.outcome import News
 from flashspec.models.tokenizer import TextStream
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one step added to one row of a stream. text is empty without a tokenizer, and while a multi-byte character
     or a possible stop string is incomplete. finish_reason is set on a row's last chunk."""
 
@@ -38,21 +39,23 @@ class RowText:
     finish: FinishReason = FinishReason.RUNNING
     cut: bool = False
 
-    def add(self, output: RowOutput) -> tuple[int, str]:
+    def add(self, news: News, row: int) -> tuple[int, str]:
         """Take a step's tokens; returns how many of them count and the text that is certain now."""
-        released = ""
-        for count, token_id in enumerate(output.token_ids, 1):
-            if self.stream is not None:
+        token_ids, logprobs, finish = news.token_ids[row], news.logprobs[row], news.finish[row]
+        count, released = len(token_ids), ""
+        if self.stream is not None:
+            for number, token_id in enumerate(token_ids, 1):
                 released += self._release(self.stream.push([token_id]))
-            self.token_ids.append(token_id)
-            self.logprobs.extend(output.logprobs[count - 1 : count])
-            if self.cut:
-                self.finish = FinishReason.STOP
-                return count, released
-        self.finish = output.finish
-        if self.finish is not FinishReason.RUNNING:
+                if self.cut:
+                    count, finish = number, FinishReason.STOP
+                    break
+        self.token_ids.extend(token_ids[:count])
+        if logprobs:
+            self.logprobs.extend(logprobs[:count])
+        self.finish = finish
+        if finish is not FinishReason.RUNNING and not self.cut:
             released += self.close()
-        return len(output.token_ids), released
+        return count, released
 
     def close(self) -> str:
         """The text held back, when no more will come."""
@@ -94,7 +97,7 @@ def make_result(
     longest = max(len(row.token_ids) for row in rows)
     padded = [row.token_ids + [-1] * (longest - len(row.token_ids)) for row in rows]
     return GenerationResult(
-        output_ids=torch.tensor(padded, dtype=torch.int64).view(len(rows), longest),
+        output_ids=torch.from_numpy(np.array(padded, np.int64)),
         finish_reasons=[row.finish.name.lower() for row in rows],
         steps=steps,
         seconds=seconds,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashspec.core import FlashSpecError
@@ -14,11 +16,15 @@ from flashspec.models.base import LanguageModel
 from flashspec.models.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-Prompt = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[int]] | Tensor
+Kind = str | Sequence[Message] | Sequence[int]
+Prompt = Kind | Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]] | Tensor
+_EXPECTED = "prompt should be text, messages with 'role' and 'content', token ids, or a list of one of these kinds"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def encode_prompts(prompt: Prompt, tokenizer: Tokenizer | None, model: LanguageModel) -> list[list[int]]:
-    """Text, a list of texts, a chat, or token ids, one row or (B, T) padded with -1. ValueError names what is wrong."""
+    """Text, a chat, or token ids (T,); a list of any of them, or a tensor (B, T); -1 pads ids. ValueError names what is
+    wrong."""
     rows = _token_rows(prompt, tokenizer)
     if not rows:
         raise ValueError("prompt is empty; give text, messages or token ids")
@@ -37,23 +43,42 @@ def encode_prompts(prompt: Prompt, tokenizer: Tokenizer | None, model: LanguageM
 
 def _token_rows(prompt: Prompt, tokenizer: Tokenizer | None) -> list[list[int]]:
     if isinstance(prompt, Tensor):
-        if prompt.dim() != 2 or prompt.is_floating_point():
+        if prompt.dim() != 2 or prompt.dtype not in _INTEGERS:
             raise ValueError(
                 f"prompt is a {prompt.dtype} tensor of shape {tuple(prompt.shape)}; it should be int64 (B, T)"
             )
         return [[token_id for token_id in row if token_id != -1] for row in prompt.tolist()]
-    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-    if items and all(isinstance(item, int) for item in items):
+    opened = _opened(prompt)
+    if not isinstance(opened, str | list):
+        raise ValueError(_EXPECTED)
+    items: list[Any] = [opened] if isinstance(opened, str) else [_opened(item) for item in opened]
+    if items and _are_ids(items):
         items = [items]
-    if all(isinstance(item, Sequence) and not isinstance(item, str) for item in items):
+    if all(isinstance(item, list) and _are_ids(item) for item in items):
         return [[int(token_id) for token_id in row if token_id != -1] for row in items]
+    texts = all(isinstance(item, str) for item in items)
+    chats = [items] if _is_chat(items) else items
+    if not texts and not all(map(_is_chat, chats)):
+        raise ValueError(_EXPECTED)
     if tokenizer is None:
         raise ValueError("prompt is text, but this engine has no tokenizer: pass token ids")
-    if all(isinstance(item, str) for item in items):
-        return [tokenizer.encode(item) for item in items]
-    if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
-        return [tokenizer.apply_chat_template(items)]
-    raise ValueError("prompt should be text, a list of texts, messages with 'role' and 'content', or token ids")
+    return [tokenizer.encode(item) for item in items] if texts else [*map(tokenizer.apply_chat_template, chats)]
+
+
+def _opened(item: Any) -> Any:
+    """A list of what it holds; itself where that is nothing, or is neither messages, texts nor ids."""
+    closed = not isinstance(item, Iterable) or isinstance(item, str | bytes | bytearray | memoryview | Mapping | Tensor)
+    return item if closed else list(item)
+
+
+def _are_ids(items: list[Any]) -> bool:
+    kinds = set(map(type, items))
+    return bool not in kinds and all(issubclass(kind, Integral) for kind in kinds)
+
+
+def _is_chat(items: Any) -> bool:
+    messages = items if isinstance(items, list) else []
+    return bool(messages) and all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in messages)
 
 
 def read_prompts(path: Path) -> list[str]:

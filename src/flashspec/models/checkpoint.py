@@ -91,6 +91,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def kind_of_head(config: Mapping[str, Any]) -> str | None:
+    """Of a drafter's head with this config.json, ours or a public one; None for any other model."""
+    ours = config.get("flashspec", {}).get("kind")
+    if ours is not None:
+        return str(ours)
+    if "medusa_num_heads" in config:
+        return "medusa"
+    named = any("eagle3" in name.lower() for name in config.get("architectures") or [])
+    return "eagle3" if named or "draft_vocab_size" in config else None
+
+
 def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """From the contents of a config.json; UnsupportedModel says which field is in the way."""
     model_type = raw.get("model_type")

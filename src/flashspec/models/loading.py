@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashspec.cache import cached_folder
-from flashspec.config import default_device, gpu_fault
+from flashspec.config import check_device_name, default_device, gpu_fault
 from flashspec.core import FlashSpecError
 from flashspec.kernels import native_build
 from flashspec.models import embedded
@@ -23,6 +23,7 @@ from flashspec.models.checkpoint import (
     UnsupportedModel,
     decoder_config,
     decoder_weights,
+    kind_of_head,
     read_json,
 )
 from flashspec.models.decoder import Decoder, DecoderConfig
@@ -75,7 +76,7 @@ def load_model(
     """
     progress = progress or silent
     if device is not None:
-        check_device(torch.device(device))
+        check_device(device)
     if not isinstance(source, str | Path):
         return _from_transformers(source, device, dtype, progress)
     place = torch.device(device or default_device())
@@ -86,18 +87,20 @@ def load_model(
     return _from_gguf(path, request)
 
 
-def check_device(device: torch.device) -> None:
-    """ValueError where this machine does not have it, or torch cannot use it."""
-    if device.type != "cuda":
+def check_device(device: str | torch.device) -> None:
+    """ValueError where it is none, this machine does not have it, or torch cannot use it."""
+    device = str(device)
+    check_device_name(device)
+    if device == "cpu":
         return
     fault = gpu_fault()
     if fault:
-        raise ValueError(f"device is {str(device)!r}; {fault}")
+        raise ValueError(f"device is {device!r}; {fault}")
     count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    if int(device.partition(":")[2] or 0) >= count:
         known = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         built = "" if torch.version.cuda or torch.version.hip else "; this build of torch knows no GPU"
-        raise ValueError(f"device is {str(device)!r}; this machine has {known}{built}")
+        raise ValueError(f"device is {device!r}; this machine has {known}{built}")
 
 
 def locate(source: str | Path, progress: Progress = silent) -> Path:
@@ -173,13 +176,24 @@ def _matrices(config: DecoderConfig, checkpoint: Checkpoint, progress: Progress)
 def _from_folder(folder: Path, name: str, request: _Request) -> LoadedModel:
     raw = read_json(folder / "config.json")
     try:
-        model = _decoder(decoder_config(raw), SafetensorsFolder(folder), request)
-    except UnsupportedModel as reason:
-        model = _hf_model(folder, reason, request)
+        model = _folder_model(folder, raw, request)
+    except FlashSpecError:
+        if kind_of_head(raw) is None:
+            raise
+        raise FlashSpecError(
+            f"{name} is a head, no model: give it as a drafter (--drafter), beside its target"
+        ) from None
     generation = folder / "generation_config.json"
     tokenizer = _folder_tokenizer(folder)
     eos = _eos_ids(raw, read_json(generation) if generation.exists() else {}, tokenizer)
     return LoadedModel(model, tokenizer, eos, name, raw)
+
+
+def _folder_model(folder: Path, config: Mapping[str, Any], request: _Request) -> LanguageModel:
+    try:
+        return _decoder(decoder_config(config), SafetensorsFolder(folder), request)
+    except UnsupportedModel as reason:
+        return _hf_model(folder, reason, request)
 
 
 def _from_gguf(path: Path, request: _Request) -> LoadedModel:

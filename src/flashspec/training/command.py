@@ -204,4 +204,4 @@ def _check_agreement(work: _Work, target: Target, settings: Settings) -> None:
         )
     for name, value in _fixed(settings).items():
         if earlier[name] != value:
-            raise ValueError(f"{name} is {value!r}, but {work.out} was begun with {earlier[name]!r}")
+            raise ValueError(f"{name} is {value}, but {work.out} was begun with {earlier[name]}")

@@ -142,8 +142,8 @@ class Writer:
         sampling = SamplingConfig(temperature=temperature, seed=next(self._seeds))
         generation = self.engine.stream(prompts, most, sampling=sampling)
         few = 0 if whole else STRAGGLERS * len(prompts)
-        for chunk in generation:
-            if len(chunk.record.rows) <= few or self._over():
+        for record in generation.records():
+            if len(record.rows) <= few or self._over():
                 break
         result = generation.result()
         rows = zip(result.output_ids.tolist(), result.finish_reasons, strict=True)

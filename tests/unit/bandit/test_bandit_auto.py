@@ -234,7 +234,7 @@ def test_a_slow_plain_step_makes_no_rival_much_stronger() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_arms": 1}, "name 1 arms: got 2 and 2"),
+        ({"n_arms": 1}, "n_arms is 1: arms and seconds should name 1 arms, got 2 and 2"),
         ({"seconds": [0.1]}, "got 2 and 1"),
         ({"seconds": [0.1, -1.0]}, "seconds"),
         ({"seconds": [0.1, float("nan")]}, "seconds"),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flashspec.bench import plots, provenance, report
 
@@ -68,6 +70,28 @@ def test_shares_by_position_are_cut_in_tables_and_whole_in_files(tmp_path: Path)
     assert rows[0][-1] == "0.90 0.80 0.70 0.60 0.50 …"
     report.write(found, tmp_path / "found.json")
     assert "0.9 0.8 0.7 0.6 0.5 0.4" in (tmp_path / "found.csv").read_text()
+
+
+def test_a_terminal_of_80_columns_shows_every_name_and_figure_whole() -> None:
+    names = ("hf-float32", "hf-bfloat16", "plain", "thompson@arms")
+    measured = {
+        "tokens_per_second": 0.0,
+        "acceptance_length": 2.0,
+        "acceptance_per_position": [0.9, 0.8, 0.7, 0.6, 0.5],
+    }
+    ratios = {"speedup_vs_plain": 1.5, "speedup_vs_hf": 7.25, "same_text_as_hf_float32": 1.0, "same_text_as_plain": 0.5}
+    rows = [
+        {"method": name, "prompts": "humaneval", "n": 2, **measured, **ratios}
+        | {"tokens_per_second": 1234.5 + index, "acceptance_length": 1.5 + index, "speedup_vs_plain": 1.5 + index}
+        | {"speedup_vs_hf": 7.25 + index, "same_text_as_plain": index / 3}
+        for index, name in enumerate(names)
+    ]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(report.table(result("endtoend", rows, target="small", max_new_tokens=8)))
+    shown = console.export_text()
+    assert "…" not in shown and shown.splitlines()[-2].split()[:2] == ["thompson@arms", "1237.5"]
+    assert "prompts humaneval" in shown and "same text 100%" in shown  # in the title, as no row differs
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_no_rows_no_plot(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_steps_with_all_of_them_take_what_the_small_ones_take(tmp_path: Path) ->
     arms = ["eagle:3", "medusa:2", "tiny:3", "plain", "eagle:6", "trimmed:2", "beside:4"]
     found = [
         [
-            ([row.token_ids for row in output.rows], output.record.rows)
+            ([output.news.token_ids[row] for row in output.rows], output.record.rows)
             for output in open_run(target, PROMPTS, arms, drafters, 40, temperature=5.0, seed=3)
         ]
         for target, drafters in ((small, heads), (wide, widened))

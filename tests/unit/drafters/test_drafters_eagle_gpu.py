@@ -231,7 +231,7 @@ def test_steps_of_every_head_accept_what_they_accept_without(tmp_path: Path, mon
         target = target_before(monkeypatch, fast)
         drafters = {name: load_head(folder, target, name) for name, folder in folders.items()}
         run = open_run(target, [[3, 7, 1, 7], [31]], arms, drafters, 9, temperature=5.0, seed=3)
-        return [([row.token_ids for row in output.rows], output.record.rows) for output in run]
+        return [([output.news.token_ids[row] for row in output.rows], output.record.rows) for output in run]
 
     plain = decode(False)
     assert sum(row.accepted for _, record in plain for row in record) > 2

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashspec.config import SamplingConfig
-from flashspec.core import Draft
+from flashspec.core import Arm, Draft
 from flashspec.drafters.base import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleProposer
 from flashspec.drafters.heads import load_head
 from flashspec.drafters.medusa import MedusaDrafter, MedusaProposer
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.ngram import NgramDrafter
-from flashspec.engine.arms import make_drafter
+from flashspec.engine.arms import check_arms, make_drafter
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
 from flashspec.kernels import native_build
@@ -263,6 +263,11 @@ def test_medusa_heads_draft_as_from_scratch(tmp_path: Path, own: bool, beside: b
             assert_drafted_from(draft, row, medusa_logits(folder, text), None)
         if number == 6:
             break
+
+
+def test_arms_of_medusa_draft_no_more_than_it_has_heads(tmp_path: Path) -> None:
+    drafters = {"medusa": load_head(write_medusa(tmp_path), TARGET, "medusa")}
+    assert check_arms([Arm("medusa", 8), Arm("medusa", 9)], drafters) == [Arm("medusa", 4)]
 
 
 def test_a_tiny_model_shares_the_vocabulary(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from flashspec.drafters.heads import eagle_layers, is_head, load_head, target_ha
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
 from flashspec.models.hf import HFModel
+from flashspec.models.loading import load_model
 from flashspec.models.native import NativeModel, pack
 
 
@@ -146,3 +147,9 @@ def test_layers_of_shallow_targets_coincide() -> None:
         (2, 1, 1),
         (1, 1, 1),
     ]
+
+
+@pytest.mark.parametrize("write", [write_eagle, write_medusa, write_tiny])
+def test_a_head_is_no_target(tmp_path: Path, write: Any) -> None:
+    with pytest.raises(FlashSpecError, match=r"is a head, no model: give it as a drafter \(--drafter\)"):
+        load_model(write(tmp_path), device="cpu")

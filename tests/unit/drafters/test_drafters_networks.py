@@ -122,3 +122,18 @@ def test_generate_draft_is_asked_for_every_active_row_alone() -> None:
     state.active[0] = False
     draft_of(HostDrafter(source, "host"), state)
     assert source.asked[2:] == PROMPTS[1:]
+
+
+class Certain:
+    """Log-probabilities for one row, and none for the other."""
+
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        first = input_ids.tolist() == PROMPTS[:1]
+        return torch.full((1, gamma), 4), torch.zeros(1, gamma, 6) if first else None
+
+
+def test_no_log_probabilities_say_that_a_draft_is_certain() -> None:
+    draft = draft_of(HostDrafter(Certain(), "host"), state_of())
+    assert draft.lengths.tolist() == [3, 3] and draft.logits is not None
+    expected = torch.stack([torch.full((3, 6), 1 / 6), torch.eye(6)[[4, 4, 4]]])
+    torch.testing.assert_close(draft.logits.softmax(-1), expected)

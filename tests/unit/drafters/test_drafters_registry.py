@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 import pytest
+from torch import Tensor
 
 from flashspec.drafters import NoDraft, get_drafter, list_drafters, register, registry
 from flashspec.drafters.early_exit import EarlyExitDrafter
@@ -19,7 +20,8 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mine:
-    pass
+    def generate_draft(self, input_ids: Tensor, gamma: int) -> tuple[Tensor, None]:
+        return input_ids[:, -1:].expand(-1, gamma), None
 
 
 def test_ours_are_known() -> None:
@@ -45,9 +47,22 @@ def test_a_taken_name_is_refused() -> None:
 def test_a_class_defined_again_takes_its_name_over() -> None:
     """As happens when a notebook's cell is run twice."""
     register("mine")(Mine)
-    again = type("Mine", (), {})
+    again = type("Mine", (Mine,), {})
     register("mine")(again)
     assert get_drafter("mine") is again
+
+
+@pytest.mark.parametrize("what", [lambda: Mine(), type("Empty", (), {}), NoDraft, Mine()], ids=str)
+def test_only_a_drafters_class_is_registered(what: object) -> None:
+    with pytest.raises(ValueError, match=r"drafter 'mine' is .*; it should be a class with generate_draft"):
+        register("mine")(what)  # type: ignore[type-var]
+    assert "mine" not in list_drafters()
+
+
+@pytest.mark.parametrize("name", ["", None, Mine])
+def test_only_a_text_is_a_name(name: object) -> None:
+    with pytest.raises(ValueError, match="a drafter's name is"):
+        register(name)  # type: ignore[arg-type]
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

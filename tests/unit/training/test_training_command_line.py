@@ -59,6 +59,13 @@ def test_the_help_says_for_whom_it_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert "TARGET is of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2." in capsys.readouterr().out
 
 
+def test_resuming_nothing_says_so(trained, capsys, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for there in (False, True):
+        assert run(["train-drafter", "--target", "x", "--out", str(tmp_path / "o"), "--resume"]) == 0
+        assert ("the training begins there" in capsys.readouterr().err) is not there
+        (tmp_path / "o").mkdir(exist_ok=True)
+
+
 def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Path) -> None:  # type: ignore
     assert run(["train-drafter", "--target", "torn", "--out", str(tmp_path / "o")]) == 130
     assert "--resume goes on in" in capsys.readouterr().err
@@ -67,10 +74,13 @@ def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--minutes", "0", "--out", "o"], "--minutes is 0; it should be above 0"),
-        (["--minutes", "nan", "--out", "o"], "--minutes is nan; it should be above 0"),
+        (["--minutes", "0", "--out", "o"], "--minutes is 0; it should be a number above 0"),
+        (["--minutes", "nan", "--out", "o"], "--minutes is nan; it should be a number above 0"),
+        (["--minutes", "inf", "--out", "o"], "--minutes is inf; it should be a number above 0"),
         (["--out", "o", "--prompts", "nowhere"], "'nowhere' does not exist"),
         ([], "Missing option '--out'"),
+        (["--out", "o", "--device", "gpu"], "device is 'gpu'; it should be 'cpu', 'cuda' or 'cuda:N'"),
+        (["--out", "o", "--device", "cuda:999"], "device is 'cuda:999'; this machine has"),
         (["--out", "o", "--device", "cuda:99"], "device is 'cuda:99'; this machine has"),
     ],
 )

@@ -273,10 +273,10 @@ class TestRollouts:
         taken = []
 
         class Stream:
-            def __iter__(self) -> Iterator[SimpleNamespace]:
+            def records(self) -> Iterator[SimpleNamespace]:
                 for running in (8, 8, 3, 2, 1):
                     taken.append(running)
-                    yield SimpleNamespace(record=SimpleNamespace(rows=[None] * running))
+                    yield SimpleNamespace(rows=[None] * running)
 
             def result(self) -> SimpleNamespace:
                 return SimpleNamespace(output_ids=torch.tensor([[4, -1]] * 8), finish_reasons=["cancelled"] * 8)

@@ -274,6 +274,8 @@ class TestPlaces:
         train(source, tmp_path / "head", stopped=StopAfter(0))
         with pytest.raises(ValueError, match=r"seed is 1, but .* was begun with 0"):
             train(source, tmp_path / "head", replace(SETTINGS, seed=1), resume=True)
+        with pytest.raises(ValueError, match=r"kind is medusa, but .* was begun with eagle3"):
+            train(source, tmp_path / "head", replace(SETTINGS, kind=Kind.MEDUSA), resume=True)
 
     def test_a_file_or_a_strangers_folder(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
