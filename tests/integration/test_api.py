@@ -279,7 +279,7 @@ def test_sampled_text_does_not_depend_on_its_place_in_the_batch(variant: str) ->
         *([1.0, 2.0], [[1.7, 2.2]], [True, False], [[1, True]], [b"text"], [None], [[1], "text"], [["text"]]),
         torch.tensor([[True, False]]),
     ],
-    ids=str,
+    ids=lambda prompt: type(prompt).__name__,
 )
 def test_what_is_no_prompt_is_refused_in_one_sentence(prompt: object) -> None:
     for engine in (recite("hello")[1], engine_of(TARGET)):

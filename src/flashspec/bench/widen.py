@@ -19,10 +19,11 @@ from flashspec.bench.shapes import Filler, Shape, find_shape
 from flashspec.core import FlashSpecError
 from flashspec.drafters import Drafter
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
-from flashspec.drafters.heads import is_head, load_head
+from flashspec.drafters.heads import load_head
 from flashspec.drafters.medusa import Beside, MedusaDrafter, MedusaHeads, product_by
 from flashspec.drafters.model import ModelDrafter
 from flashspec.drafters.shipped import shipped_heads
+from flashspec.engine.arms import head_folder
 from flashspec.models.base import Vocabulary
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
 from flashspec.models.loading import LoadedModel, load_model
@@ -60,9 +61,9 @@ def widened_model(
     wanted = find_shape(shape)
     wide = Decoder(*widen(small.config, small.weights, wanted, kind, place))
     shipped = shipped_heads(small)
-    folders = {name: Path(name) if is_head(name) else shipped.get(name) for name in drafters}
+    folders = {name: head_folder(name) or shipped.get(name) for name in drafters}
     heads = {
-        name: widen_head(load_head(folder.expanduser(), small, name), small, wide, wanted)
+        name: widen_head(load_head(folder, small, name), small, wide, wanted)
         for name, folder in folders.items()
         if folder is not None
     }

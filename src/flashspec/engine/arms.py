@@ -46,7 +46,7 @@ def make_drafter(source: Any, target: LanguageModel, load: Load) -> Drafter:
         return source
     if isinstance(source, GeneratesDraft):
         return HostDrafter(source, type(source).__name__.lower())
-    folder = _head_folder(source)
+    folder = head_folder(source)
     if folder is not None:
         return load_head(folder, target, str(source))
     drafter = ModelDrafter(*load(source))
@@ -64,7 +64,7 @@ def load_drafter(source: Any, load: Callable[[Any], LoadedModel]) -> tuple[Langu
     return loaded.model, loaded.name
 
 
-def _head_folder(source: Any) -> Path | None:
+def head_folder(source: Any) -> Path | None:
     """Where a head is, fetched first where the source is an id; None where it is anything else."""
     if isinstance(source, str) and "/" in source:
         try:
@@ -92,13 +92,13 @@ def default_arms(drafters: dict[str, Drafter]) -> list[Arm]:
 
 def check_arms(arms: Sequence[Arm], drafters: dict[str, Drafter]) -> list[Arm]:
     """Each once, none longer than its drafter can draft. ValueError where an arm names no drafter, or drafts more than
-    64 tokens."""
+    any drafter can."""
     if not arms:
         raise ValueError("arms is empty; name at least one, for example 'plain'")
     for arm in arms:
         if arm.length and arm.drafter not in drafters:
             raise ValueError(f"arm {str(arm)!r} names no drafter of this engine; it has {sorted(drafters)}")
-        if arm.length > 64:
-            raise ValueError(f"arm {str(arm)!r} drafts {arm.length} tokens; the most is 64")
+        if arm.length > Drafter.longest:
+            raise ValueError(f"arm {str(arm)!r} drafts {arm.length} tokens; the most is {Drafter.longest}")
     within = [Arm(arm.drafter, min(arm.length, drafters[arm.drafter].longest)) if arm.length else arm for arm in arms]
     return list(dict.fromkeys(within))

@@ -51,6 +51,20 @@ def _log_uniform(seed, position, POSITIONS: tl.constexpr):
 
 
 @triton.jit
+def _given(rows, row, gamma, POSITIONS: tl.constexpr, VARIANT: tl.constexpr):
+    """Of a row: its drafted tokens [POSITIONS], temperature, heat, scale, draft length, seed and length."""
+    token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, _floors_ptr = rows
+    draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
+    temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
+    heat = tl.maximum(temperature, MIN_HEAT)
+    scale = 1.0 / heat * LOG2E
+    seed, length = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row)
+    position = tl.arange(0, POSITIONS)
+    token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
+    return token, temperature, heat, scale, draft_length, seed, length
+
+
+@triton.jit
 def _test(
     table,
     index,
@@ -68,8 +82,7 @@ def _test(
     """Whether the drafted tokens pass at a temperature, and the draft's maxima and sums (without a draft the target's):
     three times [POSITIONS].
 
-    table: (pointer, elements a plane, tiles); summary: as from `_combine`; given: (tokens, temperature, heat, scale,
-    draft length, seed, length)."""
+    table: (pointer, elements a plane, tiles); summary: as from `_combine`; given: as from `_given`."""
     table_ptr, plane, n_tiles = table
     top, total, _best, moment = summary
     _token, temperature, heat, scale, draft_length, seed, length = given
@@ -137,7 +150,7 @@ def _weigh(
 def _next_token(target, draft, floor, row, place, found, given, steps, vocab_size, ends, likely, VARIANT: tl.constexpr):
     """Write the token at the first place that did not pass: the best one, or one drawn together with other programs.
 
-    found: (the target's summary, the draft's maxima and sums); given: as in `_test`."""
+    found: (the target's summary, the draft's maxima and sums); given: as from `_given`."""
     summary, draft_summary = found
     top, total, best, _moment = summary
     draft_top, draft_total = draft_summary
@@ -192,17 +205,12 @@ def _verdict_kernel(
 ):
     """Grid (slices of a draw, B). The rows were complete when the summary began, so only that is waited for."""
     item, row = tl.program_id(0), tl.program_id(1)
-    token_ids_ptr, draft_lengths_ptr, seeds_ptr, lengths_ptr, temperature_ptr, floors_ptr = rows
     num_accepted_ptr, next_token_ptr, failed_ptr = results
     sequences = (gamma + 1 if draft is None else 2 * gamma + 1) + (0 if raw is None else gamma + 1)
     plane = tl.num_programs(1) * sequences * n_tiles
-    draft_length = tl.minimum(tl.load(draft_lengths_ptr + row), gamma).to(tl.int32)
-    temperature = tl.load(temperature_ptr + row) if VARIANT != "greedy" else 0.0
-    heat = tl.maximum(temperature, MIN_HEAT)
-    scale = 1.0 / heat * LOG2E
-    seed, length = tl.load(seeds_ptr + row), tl.load(lengths_ptr + row)
+    given = _given(rows, row, gamma, POSITIONS, VARIANT)
+    token, temperature, _heat, scale, draft_length, _seed, _length = given
     position = tl.arange(0, POSITIONS)  # [POSITIONS]
-    token = tl.load(token_ids_ptr + row * gamma + position, mask=position < gamma, other=-1)
     present, within, index = position <= draft_length, position < draft_length, row * sequences + position
     if OVERLAP:
         gdc_wait()
@@ -214,7 +222,7 @@ def _verdict_kernel(
         finite &= total == total
     passed = token == best
     draft_top, draft_total = top, total
-    table, given = (table_ptr, plane, n_tiles), (token, temperature, heat, scale, draft_length, seed, length)
+    table = table_ptr, plane, n_tiles
     if (VARIANT == "rejection") | (VARIANT == "typical"):
         passes, draft_top, draft_total = _test(
             table, index, within, summary, given, draft, gamma, epsilon, delta, VARIANT, WIDTH, CHUNKS
@@ -225,6 +233,7 @@ def _verdict_kernel(
     if item == 0:
         tl.store(num_accepted_ptr + row, num_accepted.to(tl.int64))
         tl.store(failed_ptr + row, tl.max(((position <= num_accepted) & (finite == 0)).to(tl.int32), 0) != 0)
+    floors_ptr = rows[5]
     floor = tl.load(floors_ptr + row * (gamma + 1) + num_accepted) if floors_ptr is not None else None
     likely = None
     if raw is not None:

@@ -69,11 +69,7 @@ def _join(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRANDS: tl.constexpr):
 def _products(
     x_ptr,
     weight_ptr,
-    M,
-    N,
-    K,
-    strand_length,
-    piece,
+    sizes,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     STRANDS: tl.constexpr,
@@ -85,7 +81,8 @@ def _products(
     LATE: tl.constexpr,
 ):
     """This program's rows times the tokens, and if GATED its rows of the second half too: float32 [ROWS, TOKENS] each.
-    Weights are asked for before the inputs are waited for."""
+    Weights are asked for before the inputs are waited for. sizes: (M, N, K, strand length, bytes of a piece)"""
+    M, N, K, strand_length, piece = sizes
     # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
     # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
     line, column, depth = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
@@ -165,24 +162,8 @@ def _linear_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     tokens = tl.arange(0, TOKENS)  # [TOKENS]
     in_rows, in_tokens = rows < N, tokens < M
-    acc, acc_up = _products(
-        x_ptr,
-        weight_ptr,
-        M,
-        N,
-        K,
-        strand_length,
-        piece,
-        TOKENS,
-        ROWS,
-        STRANDS,
-        DEPTH,
-        THREADS,
-        EVEN,
-        GATED,
-        OVERLAP,
-        LATE,
-    )
+    sizes = M, N, K, strand_length, piece
+    acc, acc_up = _products(x_ptr, weight_ptr, sizes, TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP, LATE)
     if scales_ptr is not None:
         acc *= tl.load(scales_ptr + rows, mask=in_rows, other=0.0)[:, None]
         if GATED:

@@ -52,7 +52,11 @@ def test_a_class_defined_again_takes_its_name_over() -> None:
     assert get_drafter("mine") is again
 
 
-@pytest.mark.parametrize("what", [lambda: Mine(), type("Empty", (), {}), NoDraft, Mine()], ids=str)
+@pytest.mark.parametrize(
+    "what",
+    [lambda: Mine(), type("Empty", (), {}), NoDraft, Mine()],
+    ids=["function", "no drafter", "abstract", "instance"],
+)
 def test_only_a_drafters_class_is_registered(what: object) -> None:
     with pytest.raises(ValueError, match=r"drafter 'mine' is .*; it should be a class with generate_draft"):
         register("mine")(what)  # type: ignore[type-var]
