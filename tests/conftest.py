@@ -18,5 +18,6 @@ if TRITON_AVAILABLE and not torch.cuda.is_available():
         import flashspec.kernels.linear
         import flashspec.kernels.lookup
         import flashspec.kernels.noise
+        import flashspec.kernels.recording
         import flashspec.kernels.score
         import flashspec.kernels.verify  # noqa: F401

@@ -165,6 +165,18 @@ def test_attention_of_heads_that_are_rotated_already(
         assert torch.equal(written.transpose(1, 2)[rows, call.positions], heads[:, :, first:][:, :, :2])
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("asked", [1, 2])
+def test_the_last_queries_alone(asked: int, window: int | None) -> None:
+    """All keys and values are written, and what is asked for has the bits that it has among the others."""
+    call = Attention([6, 131, 300], 5, 310, 3, 32, torch.float32)
+    whole, *written = call.run(attention.attend, True, window)
+    found, *ours = call.run(attention.attend, True, window, asked=asked)
+    assert torch.equal(found.view(3, asked, -1), whole.view(3, 5, -1)[:, -asked:])
+    assert all(torch.equal(here, there) for here, there in zip(ours, written, strict=True))
+    assert_near(found, call.run(twin.attend, True, window, asked=asked)[0])
+
+
 def test_queries_that_share_the_last_slot() -> None:
     """Drafts beyond the cache are clamped to its end: either value may stay, the tokens before must not notice."""
     call = Attention([14], 4, 16, 2, 16, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,30 +11,32 @@ from torch import Tensor
 from flashspec.core import Draft
 from flashspec.drafters.base import DraftContext
 
+T = TypeVar("T")
+
 
 def write_chain(
     context: DraftContext,
     length: int,
-    score: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    read_next: Callable[[Tensor, int], Tensor],
+    score: Callable[[T], Tensor],
+    read: T,
+    read_next: Callable[[Tensor, int], T],
     part: Tensor | None = None,
     least: int = 1,
 ) -> Draft:
-    """Draw `length` tokens a row. hidden: (B, hidden) after the committed text, of which score makes logits (B, V);
+    """Draw `length` tokens a row. read: what was made of the committed text, of which score makes logits (B, V);
     read_next(token_ids (B, 1), offset) gives the next after feeding one more. part: (V',) int64, the tokens that logits
     (B, V') are of, where that is not all. A row's draft ends before its first logits that are not finite; one whose
     text is shorter than `least` has none."""
-    size = len(hidden), length
+    size, like = (len(context.lengths), length), context.lengths
     weights = None
     if not context.one_hot_drafts:
-        weights = hidden.new_empty(*size, context.target.model.vocab_size, dtype=torch.float32)
-    token_ids, lengths = hidden.new_empty(size, dtype=torch.int64), hidden.new_empty(len(hidden), dtype=torch.int64)
+        weights = like.new_empty(*size, context.target.model.vocab_size, dtype=torch.float32)
+    token_ids, lengths = like.new_empty(size), torch.empty_like(like)
     draft = Draft(token_ids, lengths, weights, torch.empty_like(lengths, dtype=torch.bool))
     for offset in range(length):
-        context.draw(score(hidden), draft, offset, part, least)
+        context.draw(score(read), draft, offset, part, least)
         if offset + 1 < length:
-            hidden = read_next(token_ids[:, offset, None], offset + 1)
+            read = read_next(token_ids[:, offset, None], offset + 1)
     return draft
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,19 @@ from torch import Tensor
 from flashspec.core import Draft
 from flashspec.drafters import eagle_cpu
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.drafters.chain import slots_from, write_chain
+from flashspec.drafters.chain import write_chain
 from flashspec.drafters.eagle_cpu import PackedHead
-from flashspec.models.base import Features, KVCache, LanguageModel
+from flashspec.kernels import reference_decoder
+from flashspec.models.base import KVCache, LanguageModel
 from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 from flashspec.models.reader import Reader
 
 if TYPE_CHECKING:
     from flashspec.drafters.eagle_gpu import FewTokensHead
 
-# Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price.
-WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 9
+# Tokens that every step reads again, beside true features: as many as most steps emit. A GPU reads more at one price,
+# up to 64 in all rows together.
+WINDOW_ON_CPU, WINDOW_ON_GPU = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,9 @@ class Fusion:
     fc: Tensor
     hidden_norm: Tensor
     part: Tensor | None = None
+
+
+Tip = tuple[Tensor, ...]  # of what was read: hidden states (B, hidden) of the last slots, then what a GPU has prepared
 
 
 class EagleHead(Decoder):
@@ -54,19 +60,23 @@ class EagleHead(Decoder):
             if eagle_gpu.fits(fusion):
                 self._few_tokens = self._fused = eagle_gpu.FewTokensHead(config, weights, self._inv_freq, fusion)
 
-    def fuse(self, features: Features, slots: Tensor) -> Tensor:
-        """The target's hidden states of slots (B, Q) as the layer takes them, (B, Q, hidden)."""
-        states = features.at(self.fusion.layers, slots)
+    @property
+    def recall(self) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """As in `kernels.decoding`."""
+        return reference_decoder.recall if self._fused is None else self._fused.recall
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The target's hidden states (B, Q, n * the target's hidden) as the layer takes them, (B, Q, hidden)."""
         fast = self._fused or self._packed
         return self._linear(states, self.fusion.fc) if fast is None else fast.fuse(states)
 
-    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tensor:
-        """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, what this gave for the slot
-        before. Returns (B, hidden) of the last slots, from which `logits` predicts."""
+    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache, bound: int) -> Tip:
+        """token_ids, slots: (B, Q) int64; hidden: (B, Q, hidden), fused or, while drafting, the tip's of the slot
+        before."""
         if self._fused is not None and self._fused.takes(token_ids):
             return self._fused.extend(token_ids, hidden, slots, cache)
         if self._packed is not None:
-            return self._packed.extend(token_ids, hidden, slots, cache, bound)
+            return (self._packed.extend(token_ids, hidden, slots, cache, bound),)
         layer, (keys, values) = self.weights.layers[0], (cache.keys[0], cache.values[0])
         embedded = self._norm(F.embedding(token_ids, self.weights.embedding), layer.attention_norm)
         both = torch.cat([embedded, self._norm(hidden, self.fusion.hidden_norm)], -1)  # (B, Q, 2 hidden)
@@ -74,13 +84,16 @@ class EagleHead(Decoder):
         last, keys, values = slots[:, -1:], keys[:, :, :bound], values[:, :, :bound]
         attended = self._attend(queries[:, -1:], keys, values, self._mask(last, bound, None))[:, 0]  # (B, H D)
         hidden = hidden[:, -1] + self._linear(attended, layer.output, layer.output_bias)
-        return hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
+        return (hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm)),)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, hidden) -> (B, V') float32."""
+    def predict(self, tip: Tip) -> Tensor:
+        """Logits (B, V') float32 of the token after next."""
+        hidden, *prepared = tip
+        if self._fused is not None and prepared:
+            return self._fused.logits(*prepared)
         if self._packed is not None and self._packed.logits is not None:
             return self._packed.logits(hidden)
-        return super().logits(hidden if self._fused is not None else self._norm(hidden, self.weights.final_norm))
+        return self.logits(self._norm(hidden, self.weights.final_norm))
 
 
 class HeadReader(Reader):
@@ -95,23 +108,23 @@ class HeadReader(Reader):
         assert isinstance(self.model, EagleHead)
         return self.model
 
-    def read_text(self, tokens: Tensor, slots: Tensor, bound: int) -> Tensor:
-        """Read slots (B, Q) of tokens (B, T); (B, hidden) of the last ones."""
-        assert self.target.features is not None
-        fused = self.head.fuse(self.target.features, slots)
-        return self.extend(tokens.gather(1, slots + 1), fused, self.within(slots), bound)
+    def read_text(
+        self, tokens: Tensor, lengths: Tensor, bound: int, size: int, start: Tensor | None = None, ahead: int = 0
+    ) -> tuple[Tip, Tensor]:
+        """Read slots of tokens (B, T), the last `size` whose token is known or as many from start (B,) on; the tip, and
+        the next slots (B, ahead)."""
+        features, layers, room = self.target.features, self.head.fusion.layers, self.cache.capacity
+        assert features is not None
+        token_ids, slots, states, following = self.head.recall(
+            tokens, lengths, self.cached, features.by_layer[:, :room], features.places(layers), start, size, ahead
+        )
+        return self.extend(token_ids, self.head.fuse(states), slots, bound), following
 
-    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, bound: int) -> Tensor:
+    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, bound: int) -> Tip:
         return self.head.extend(token_ids, hidden, slots, self.cache, min(bound, self.cache.capacity))
 
-    def within(self, slots: Tensor) -> Tensor:
-        return slots.clamp(max=self.cache.capacity - 1)  # as in `read`
-
     def read_on(self, tokens: Tensor, lengths: Tensor, bound: int, size: int) -> None:
-        slots = self.cached[:, None] + torch.arange(size, device=self.cached.device)
-        slots = torch.minimum(slots, lengths[:, None] - 2).clamp(min=0)  # up to the last whose token is known
-        self.read_text(tokens, slots, bound)
-        torch.minimum(slots[:, -1] + 1, lengths - 1, out=self.cached)
+        self.read_text(tokens, lengths, bound, size, start=self.cached.clone())
 
     def restart(self, bound: int, kept: int = 0) -> None:
         super().restart(bound, max(kept - 1, 0))  # the last slot kept knows the token after it
@@ -155,17 +168,13 @@ class EagleProposer(Proposer):
         context.catch_up(self.reader)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
-        reader, head, lag = self.reader, self.reader.head, self.reader.lag
-        # The last slots whose features are known, then those of the draft.
-        slots = slots_from(context.lengths, -1 - lag, lag + length - 1, context.capacity)
-        hidden = reader.read_text(context.tokens, slots[:, :lag], context.bound)
-        torch.sub(context.lengths, 1, out=reader.cached)
-        ahead = reader.within(slots[:, lag:])  # (B, length - 1)
+        reader, head = self.reader, self.reader.head
+        tip, ahead = reader.read_text(context.tokens, context.lengths, context.bound, reader.lag, ahead=length - 1)
 
-        def read_next(token_ids: Tensor, offset: int) -> Tensor:
-            nonlocal hidden
-            hidden = reader.extend(token_ids, hidden[:, None], ahead[:, offset - 1, None], context.bound + offset)
-            return hidden
+        def read_next(token_ids: Tensor, offset: int) -> Tip:
+            nonlocal tip
+            tip = reader.extend(token_ids, tip[0][:, None], ahead[:, offset - 1, None], context.bound + offset)
+            return tip
 
         # A text of one token has no features yet.
-        return write_chain(context, length, head.logits, hidden, read_next, head.fusion.part, least=2)
+        return write_chain(context, length, head.predict, tip, read_next, head.fusion.part, least=2)

@@ -1,4 +1,4 @@
-"""An EAGLE-3 head for few tokens on a GPU: nine launches a draft token, all of which a CUDA graph may hold."""
+"""An EAGLE-3 head for few tokens on a GPU: ten launches a draft token, all of which a CUDA graph may hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from flashspec.kernels import elementwise
+from flashspec.kernels import attention, elementwise, recording
 from flashspec.kernels.decoding import MOST_TOKENS
 from flashspec.models.base import KVCache
 from flashspec.models.decoder_gpu import FewTokens, Product
 
 if TYPE_CHECKING:
-    from flashspec.drafters.eagle import Fusion
+    from flashspec.drafters.eagle import Fusion, Tip
     from flashspec.models.decoder import DecoderConfig, DecoderWeights
 
 
@@ -22,7 +22,9 @@ def fits(fusion: Fusion) -> bool:
 
 
 class FewTokensHead(FewTokens):
-    """`fuse`, `extend` and `logits` of an EagleHead."""
+    """`recall`, `fuse` and `extend` of an EagleHead."""
+
+    recall = staticmethod(recording.recall)
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor, fusion: Fusion) -> None:
         super().__init__(config, weights, frequencies)
@@ -35,26 +37,22 @@ class FewTokensHead(FewTokens):
         super().tune()
         self.fuse.tune()
 
-    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+    def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache) -> Tip:
+        """Behind the hidden states what `logits` takes."""
         self.tune()
         c, weights, layer = self._config, self._weights, self._weights.layers[0]
-        slots = slots.contiguous()
         both, waves = elementwise.join(
-            token_ids.contiguous(),
+            token_ids,
             slots,
             weights.embedding,
             layer.attention_norm,
-            hidden.flatten(0, 1).contiguous(),
+            hidden.flatten(0, 1),
             self._hidden_norm,
             self._frequencies,
             c.rotary_scale,
             c.norm_eps,
         )
-        mixed = self._attend(0, self._qkv(both), waves, slots, cache)
-        mixed, hidden = mixed.view(*slots.shape, -1)[:, -1].contiguous(), hidden[:, -1].contiguous()
-        add = self._add_narrow if len(hidden) <= MOST_TOKENS else self._add_wide
-        return add(layer, mixed, hidden, weights.final_norm)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        normed = elementwise.normalise(hidden.contiguous(), self._weights.final_norm, self._config.norm_eps)
-        return super().logits(normed)
+        keys, values = cache.keys[0], cache.values[0]
+        mixed = attention.attend(self._qkv(both), waves, slots, keys, values, layer.qk_norm, c.norm_eps, None, asked=1)
+        add = self._add_narrow if len(mixed) <= MOST_TOKENS else self._add_wide
+        return add(layer, mixed, hidden[:, -1].contiguous(), weights.final_norm)

@@ -181,7 +181,7 @@ def _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM: tl.c
     tl.store(mixed_ptr + at, mixed, mask=used[:, None] & in_dim[None, :])
 
 
-@triton.jit(do_not_specialize=["n_queries", "window"])
+@triton.jit(do_not_specialize=["n_queries", "n_asked", "window"])
 def _attend_kernel(
     qkv_ptr,
     waves_ptr,
@@ -192,6 +192,7 @@ def _attend_kernel(
     mixed_ptr,
     stats_ptr,
     n_queries,
+    n_asked,
     n_kv,
     window,
     stride_row,
@@ -212,7 +213,7 @@ def _attend_kernel(
     OVERLAP: tl.constexpr,
 ):
     split, head = tl.program_id(0), tl.program_id(1)
-    n_packed = n_queries * GROUP
+    n_packed = n_asked * GROUP
     n_tiles = tl.cdiv(n_packed, PACKED)
     row, tile = tl.program_id(2) // n_tiles, tl.program_id(2) % n_tiles
     query = tl.arange(0, QUERIES)
@@ -231,11 +232,12 @@ def _attend_kernel(
 
     packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
     used = packed < n_packed
-    own = tl.load(positions_ptr + row * n_queries + packed // GROUP, mask=used, other=-1).to(tl.int32)  # [PACKED]
+    tokens = row * n_queries + n_queries - n_asked + packed // GROUP  # [PACKED]
+    own = tl.load(positions_ptr + tokens, mask=used, other=-1).to(tl.int32)
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
     new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     dims = dim, dim < DIM
-    queries = _rotated(new, row * n_queries + packed // GROUP, head * GROUP + packed % GROUP, used, DIM, HALF_PAD)
+    queries = _rotated(new, tokens, head * GROUP + packed % GROUP, used, DIM, HALF_PAD)
     top, total, mixed = _walk(
         new, cache, queries, own, positions, head, start, last, window, scale, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
     )
@@ -243,7 +245,7 @@ def _attend_kernel(
     _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
 
 
-@triton.jit(do_not_specialize=["n_queries", "window"])
+@triton.jit(do_not_specialize=["n_queries", "n_asked", "window"])
 def _combine_kernel(
     mixed_ptr,
     stats_ptr,
@@ -251,6 +253,7 @@ def _combine_kernel(
     sinks_ptr,
     out_ptr,
     n_queries,
+    n_asked,
     n_splits,
     window,
     GROUP: tl.constexpr,
@@ -265,14 +268,14 @@ def _combine_kernel(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    position = tl.load(positions_ptr + token)
+    row, query = token // n_asked, token % n_asked
+    position = tl.load(positions_ptr + row * n_queries + n_queries - n_asked + query)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
     used = split <= position // SLOTS
     if WINDOWED:
         used &= (split + 1) * SLOTS > position - window + 1
-    row = token // n_queries
     group = (row * (n_heads // GROUP) + head // GROUP) * n_splits
-    place = (group + split) * (n_queries * GROUP) + (token % n_queries) * GROUP + head % GROUP  # [SPLITS]
+    place = (group + split) * (n_asked * GROUP) + query * GROUP + head % GROUP  # [SPLITS]
     top = tl.load(stats_ptr + place * 2, mask=used, other=float("-inf"))
     total = tl.load(stats_ptr + place * 2 + 1, mask=used, other=0.0)
     at = place.to(tl.int64)[:, None] * DIM + dim[None, :]
@@ -301,24 +304,25 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    asked: int | None = None,
 ) -> Tensor:
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
-    group = n_heads // n_kv
+    group, asked = n_heads // n_kv, asked or queries
     chunk = 32 if qkv.dtype == torch.float32 else SPLIT
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
-    packed = min(max(triton.next_power_of_2(queries * group), 16), MOST_PACKED)
+    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
     mixed, stats = (
-        torch.empty(batch, n_kv, n_splits, queries * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
+        torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )
-    out = torch.empty(batch * queries, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, mixed, stats
-    numbers = queries, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
+    numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
     with torch.cuda.device_of(qkv):
-        _attend_kernel[(n_splits, n_kv, batch * triton.cdiv(queries * group, packed))](
+        _attend_kernel[(n_splits, n_kv, batch * triton.cdiv(asked * group, packed))](
             *tensors,
             *numbers,
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
@@ -332,13 +336,14 @@ def attend(
             num_stages=1,
             **shared,
         )
-        _combine_kernel[(batch * queries, n_heads)](
+        _combine_kernel[(batch * asked, n_heads)](
             mixed,
             stats,
             positions,
             sinks,
             out,
             queries,
+            asked,
             n_splits,
             window or 0,
             SPLITS=max(triton.next_power_of_2(n_splits), 2),

@@ -7,16 +7,23 @@ and every launch can be captured in a CUDA graph.
 
   embed(token_ids, positions, embedding, norm, frequencies, wave_scale, n_squares)
       -> hidden (M, width), hidden * norm, squares (M, n_squares), waves (M, 2, D / 2): cos and sin, float32
-  join(token_ids, positions, embedding, embedding_norm, hidden (M, width), hidden_norm, frequencies, wave_scale, eps)
-      -> (M, 2 width): normed embeddings beside normed hidden states; waves
+  join(token_ids (B, Q), positions, embedding, embedding_norm, hidden (M, width), hidden_norm, frequencies, wave_scale,
+       eps) -> (M, 2 width): normed embeddings beside normed hidden states; waves
   project(x, weight, bias | None, squares | None, eps, dtype) -> (M, out)
   project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
   project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares
   attend(qkv (M, (H + 2K) D), waves | None, positions (B, Q), keys, values (B, K, capacity, D), qk_norm ((H + K, D) |
-         None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None) -> (M, H D); writes the new
-      keys and values at their positions. A query sees the last `window` slots up to its own; slots behind a row's last
-      position are not read. Without waves nothing is rotated. softcap: scores become softcap * tanh(score / softcap).
-      sinks: a score for each head that takes its share of the weights and adds no value.
+         None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None, asked = Q) -> (B * asked, H D)
+      of every row's last queries; writes the new keys and values of all at their positions. A query sees the last
+      `window` slots up to its own; slots behind a row's last position are not read. Without waves nothing is rotated.
+      softcap: scores become softcap * tanh(score / softcap). sinks: a score for each head that takes its share of the
+      weights and adds no value.
+  record(states: n of (M, width), positions (B, Q), buffer (B, capacity, n, width)): side by side into their slots
+  recall(tokens (B, T), lengths (B,), cached (B,), buffer, parts, start (B,) | None, size, ahead)
+      -> token_ids, slots (B, size), states (B, size, len(parts) * width), following (B, ahead): what a head reads of a
+      text. A slot is the token behind it and these parts of the buffer. Slots count from `start`, which is not
+      `cached`, or are the last; none goes beyond lengths - 2, the last whose token is known, or the buffer.
+      following: the slots after that one, a column's side by side. cached: written, how many slots are known
   normalise(hidden, norm, eps), add_norm(hidden, delta, norm, eps), gate(gate_up (M, 2I)): the steps for many tokens
 """
 

@@ -76,6 +76,8 @@ def _join_kernel(
     both_ptr,
     waves_ptr,
     vocab_size,
+    n_queries,
+    stride_ids,
     K,
     half,
     wave_scale,
@@ -91,7 +93,8 @@ def _join_kernel(
     dtype = both_ptr.dtype.element_ty
     column = tl.arange(0, WIDTH)
     mask = column < K
-    id_ = tl.minimum(tl.maximum(tl.load(token_ids_ptr + token), 0), vocab_size - 1)  # as in _embed_kernel
+    id_ = tl.load(token_ids_ptr + token // n_queries * stride_ids + token % n_queries)
+    id_ = tl.minimum(tl.maximum(id_, 0), vocab_size - 1)  # as in _embed_kernel
     embedded = tl.load(embedding_ptr + id_ * K + column, mask=mask, other=0.0).to(tl.float32)
     norm = tl.load(embedding_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
     embedded *= tl.rsqrt(tl.sum(embedded * embedded) / K + eps) * norm
@@ -204,6 +207,8 @@ def join(
             both,
             waves,
             len(embedding),
+            token_ids.shape[1],
+            token_ids.stride(0),
             width,
             half,
             wave_scale,

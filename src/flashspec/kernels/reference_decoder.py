@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    asked: int | None = None,
 ) -> Tensor:
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     heads = qkv.view(batch, queries, -1, dim)
@@ -74,7 +77,8 @@ def attend(
         scores = torch.cat((scores, extra), -1)
     weights = scores.softmax(-1)[..., :capacity]
     out = weights @ values.float()[:, :, None]
-    return out.permute(0, 3, 1, 2, 4).reshape(batch * queries, -1).to(qkv.dtype)
+    out = out[:, :, :, -(asked or queries) :]
+    return out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1).to(qkv.dtype)
 
 
 def embed(
@@ -105,6 +109,34 @@ def join(
     embedded = normalise(F.embedding(token_ids.flatten(), embedding), embedding_norm, eps)
     waves = _waves(positions, frequencies, wave_scale, embedding.dtype)
     return torch.cat((embedded, normalise(hidden, hidden_norm, eps)), 1), waves
+
+
+def record(states: Sequence[Tensor], positions: Tensor, buffer: Tensor) -> None:
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    buffer.index_put_((rows, positions), torch.stack(tuple(states), 1).view(*positions.shape, *buffer.shape[2:]))
+
+
+def recall(
+    tokens: Tensor,
+    lengths: Tensor,
+    cached: Tensor,
+    buffer: Tensor,
+    parts: tuple[int, ...],
+    start: Tensor | None,
+    size: int,
+    ahead: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = lengths[:, None] - 1 + torch.arange(-size, ahead, device=lengths.device)  # (B, size + ahead)
+    if start is not None:
+        places = start[:, None] + torch.arange(size, device=lengths.device)
+        slots[:, :size] = torch.minimum(places, lengths[:, None] - 2)
+    slots, following = slots.clamp(0, buffer.shape[1] - 1).tensor_split((size,), 1)
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    states = buffer[rows, slots]  # (B, size, n, width)
+    if parts != tuple(range(buffer.shape[2])):
+        states = torch.stack([states[:, :, part] for part in parts], 2)
+    torch.minimum(slots[:, -1] + 1, lengths - 1, out=cached)
+    return tokens.gather(1, slots + 1), slots, states.flatten(2), following
 
 
 def normalise(hidden: Tensor, norm: Tensor, eps: float) -> Tensor:

@@ -62,8 +62,17 @@ class Features:
             return self.buffer[rows, positions]
         return torch.cat([self._part(layer)[rows, positions] for layer in layers], -1)
 
+    @property
+    def by_layer(self) -> Tensor:
+        """(B, capacity, len(self.layers), hidden)"""
+        return self.buffer.view(*self.buffer.shape[:2], len(self.layers), -1)
+
+    def places(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Where they are in `by_layer`."""
+        return tuple(map(self.layers.index, layers))
+
     def _part(self, layer: int) -> Tensor:
-        return self.buffer.chunk(len(self.layers), -1)[self.layers.index(layer)]
+        return self.by_layer[:, :, self.layers.index(layer)]
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.kernels import attention, elementwise, linear
+from flashspec.kernels import attention, elementwise, linear, recording
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS
 from flashspec.kernels.tiling import tiling_of
 from flashspec.models.base import Features, KVCache
@@ -30,10 +30,12 @@ def fits(config: DecoderConfig) -> bool:
 
 
 class Product:
-    """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS."""
+    """x (..., in) by a weight (out, in), in a dtype: few tokens at the memory's speed, many by cuBLAS.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
-        self._weight, self._dtype, self._bias = weight, dtype, bias
+    eps: of the norm whose `squares` a call with few tokens may bring, as for `linear.project`."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, eps: float = 0.0) -> None:
+        self._weight, self._dtype, self._bias, self._eps = weight, dtype, bias, eps
         self._tuned = False
 
     def tune(self) -> None:
@@ -42,12 +44,12 @@ class Product:
             linear.tune([self._weight], gated=False)
             self._tuned = True
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, squares: Tensor | None = None) -> Tensor:
         if not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
             return F.linear(x, self._weight, self._bias).to(self._dtype)
         self.tune()
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # a view of every row's last token is not
-        return linear.project(rows, self._weight, self._bias, None, 0.0, self._dtype).view(*x.shape[:-1], -1)
+        return linear.project(rows, self._weight, self._bias, squares, self._eps, self._dtype).view(*x.shape[:-1], -1)
 
 
 class FewTokens:
@@ -55,7 +57,7 @@ class FewTokens:
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor) -> None:
         self._config, self._weights, self._frequencies = config, weights, frequencies
-        self._score = Product(weights.lm_head, torch.float32)
+        self._score = Product(weights.lm_head, torch.float32, eps=config.norm_eps)
         self._tuned = False
 
     def takes(self, token_ids: Tensor) -> bool:
@@ -84,17 +86,22 @@ class FewTokens:
         self.tune()
         layers, positions = self._weights.layers[:num_layers], positions.contiguous()
 
+        wanted, states = () if features is None else features.layers, list[Tensor]()
+
         def record(layer: int, hidden: Tensor) -> None:
-            if features is not None:
-                features.record(layer, positions, hidden.view(*token_ids.shape, -1))
+            if layer in wanted:
+                states.append(hidden)
 
         run = self._narrow if token_ids.numel() <= MOST_TOKENS else self._wide
         normed = run(token_ids.contiguous(), positions, cache, layers, record)
         record(self._config.num_layers, normed)
+        if features is not None:
+            recording.record(states, positions, features.by_layer)
         return normed.view(*token_ids.shape, -1)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._score(hidden)
+    def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
+        """squares: where hidden is not normed, but its product with the norm's weight."""
+        return self._score(hidden, squares)
 
     def _narrow(
         self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record

@@ -85,12 +85,12 @@ def draft(head: EagleHead, slots: Tensor) -> tuple[list[Tensor], KVCache]:
     cache.keys.normal_(generator=generator)
     cache.values.normal_(generator=generator)
     tokens[:, 1:] = torch.where(slots[:, 1:] == slots[:, :-1], tokens[:, :-1], tokens[:, 1:])
-    state = head.extend(tokens, hidden.gather(1, slots[..., None].expand(-1, -1, HIDDEN)), slots, cache, SLOTS)
-    logits = [head.logits(state)]
+    tip = head.extend(tokens, hidden.gather(1, slots[..., None].expand(-1, -1, HIDDEN)), slots, cache, SLOTS)
+    logits = [head.predict(tip)]
     for offset in (1, 2):
         token_ids = torch.randint(0, VOCAB, (len(slots), 1), generator=generator)
-        state = head.extend(token_ids, state[:, None], slots[:, -1:] + offset, cache, SLOTS)
-        logits.append(head.logits(state))
+        tip = head.extend(token_ids, tip[0][:, None], slots[:, -1:] + offset, cache, SLOTS)
+        logits.append(head.predict(tip))
     return logits, cache
 
 
@@ -122,7 +122,7 @@ def test_fusing_and_an_lm_head_of_all_tokens() -> None:
     head = head_of(lm_head=VOCAB)
     twin, x = twin_of(head), torch.randn(5, HIDDEN)
     assert head._packed is not None and head._packed.logits is None
-    assert torch.equal(head.logits(x), twin.logits(x))
+    assert torch.equal(head.predict((x,)), twin.predict((x,)))
     states = torch.randn(2, 3, 96)
     torch.testing.assert_close(head._packed.fuse(states), states @ head.fusion.fc.T, rtol=1e-4, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_a_fault_stays_in_its_row() -> None:
     head, slots = head_of(), torch.zeros(3, 1).long()
     hidden = torch.randn(3, 1, HIDDEN)
     hidden[1, 0, 5] = torch.nan
-    found = head.logits(head.extend(slots, hidden, slots, head.new_cache(3, 4), 4)).isfinite()
+    found = head.predict(head.extend(slots, hidden, slots, head.new_cache(3, 4), 4)).isfinite()
     assert found.all(1).tolist() == [True, False, True] and not found[1].any()
 
 

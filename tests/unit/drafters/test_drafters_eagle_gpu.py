@@ -27,7 +27,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu does this on a GPU", allow_module_level=True)
 
 from flashspec.drafters.eagle_gpu import FewTokensHead, fits
-from flashspec.kernels import elementwise, linear, reference_decoder
+from flashspec.kernels import elementwise, linear, recording, reference_decoder
 
 HIDDEN, TARGET_HIDDEN, PARTS, SLOTS = 32, 48, 21, 80
 SHAPE = {
@@ -76,13 +76,15 @@ def draft(head: EagleHead, rows: int, window: int) -> tuple[list[torch.Tensor], 
     cache.values.normal_(generator=generator)
     first = torch.arange(rows)[:, None] * 3 - 1  # row 0 begins at slot 0, twice over
     slots = (first + torch.arange(window)).clamp(min=0)
-    fused = head.fuse(features, slots)
-    hidden = head.extend(tokens.gather(1, slots + 1), fused, slots, cache, SLOTS)
-    logits = [head.logits(hidden)]
+    fused = head.fuse(features.at((1, 2, 3), slots))
+    tip = head.extend(tokens.gather(1, slots + 1), fused, slots, cache, SLOTS)
+    logits = [head.predict(tip)]
+    drafted = torch.zeros(rows, 3, dtype=torch.int64)
     for offset in (1, 2):
         slots = first + window - 1 + offset
-        hidden = head.extend(logits[-1].argmax(-1)[:, None], hidden[:, None], slots, cache, SLOTS)
-        logits.append(head.logits(hidden))
+        drafted[:, offset] = logits[-1].argmax(-1)
+        tip = head.extend(drafted[:, offset, None], tip[0][:, None], slots, cache, SLOTS)
+        logits.append(head.predict(tip))
     return logits, cache
 
 
@@ -117,6 +119,45 @@ def test_the_first_norms_and_waves_in_one_launch_equal_their_twin(monkeypatch: p
     beyond = elementwise.join(torch.tensor([[-1, 11, 2**40]]), *arguments[1:])[0]
     wanted = reference_decoder.join(torch.tensor([[0, 10, 10]]), *arguments[1:])[0]
     torch.testing.assert_close(beyond, wanted)
+    column = torch.tensor([[1, 3, 7], [1, 10, 7], [1, 0, 7]])[:, 1, None]  # of a draft
+    torch.testing.assert_close(elementwise.join(column, *arguments[1:])[0], expected[0])
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("ahead", [0, 1, 6])
+@pytest.mark.parametrize("parts", [(0, 1, 2), (2, 0), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("starts", [None, [0, 3, 16, 0, 6]], ids=["the last", "from"])
+def test_what_a_head_reads_of_a_text_in_one_launch(
+    size: int, ahead: int, parts: tuple[int, ...], starts: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of one token, shorter than the window, and up to the end of the cache."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    capacity, lengths = 20, torch.tensor([1, 9, 20, 2, 7])
+    tokens = torch.randint(0, 99, (5, capacity + 7))[:, 2:]
+    buffer = torch.randn(5, capacity + 3, 3, 40)[:, :capacity]
+    start, cached, wanted = None if starts is None else torch.tensor(starts), lengths.clone(), lengths.clone()
+    found = recording.recall(tokens, lengths, cached, buffer, parts, start, size, ahead)
+    expected = reference_decoder.recall(tokens, lengths, wanted, buffer, parts, start, size, ahead)
+    for ours, theirs in zip((*found, cached), (*expected, wanted), strict=True):
+        assert torch.equal(ours, theirs)
+    token_ids, slots, states, following = found
+    assert slots[:, -1].tolist() == (lengths - 2).clamp(min=0).tolist() if starts is None else slots.max() < capacity
+    assert torch.equal(states.view(5, size, len(parts), 40)[2, 0, -1], buffer[2, slots[2, 0], parts[-1]])
+    assert token_ids[2, 0] == tokens[2, slots[2, 0] + 1]
+    assert following[2].tolist() == [19] * ahead and following[3].tolist() == list(range(1, 1 + ahead))
+    assert cached[0] == 0 and (cached < lengths).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_states_are_recorded_side_by_side_in_one_launch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    states = [torch.randn(rows * 2, 40) for _ in range(4)]
+    positions = torch.arange(rows)[:, None] * 3 + torch.tensor([4, 5])
+    found, expected = (torch.zeros(rows, 16, 4, 40) for _ in range(2))
+    recording.record(states, positions, found)
+    reference_decoder.record(states, positions, expected)
+    assert torch.equal(found, expected) and found.count_nonzero() == rows * 2 * 4 * 40
+    assert torch.equal(found[-1, positions[-1, 1], 2], states[2][-1])
 
 
 def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
