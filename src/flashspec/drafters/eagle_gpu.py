@@ -37,6 +37,11 @@ class FewTokensHead(FewTokens):
         super().tune()
         self.fuse.tune()
 
+    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
+        width = self._config.hidden_size
+        for _ in range(4):
+            self.extend(token, self._weights.embedding.new_zeros(1, 1, width), token, cache)
+
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache) -> Tip:
         """Behind the hidden states what `logits` takes."""
         self.tune()

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
+from flashspec.kernels.tiling import IN_NO_CACHE, Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
@@ -211,11 +211,17 @@ def project_add(
 
 
 def tune(weights: Sequence[Tensor], gated: bool) -> None:
-    """Choose the tiling for weights of one shape by measurement."""
-    outputs, depth = weights[0].shape[0] // (2 if gated else 1), weights[0].shape[1]
-    x = torch.randn(8, depth, dtype=weights[0].dtype, device=weights[0].device)
-    out = torch.empty(8, outputs, dtype=x.dtype, device=x.device)
-    choose(weights, gated, lambda weight, tiling: _launch(x, weight, out, tiling, gated=gated))
+    """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
+    first = weights[0]
+    x = torch.randn(8, first.shape[1], dtype=first.dtype, device=first.device)
+    out = torch.empty(8, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
+    several = max(2, min(len(weights), -(-IN_NO_CACHE // first.nbytes)))
+
+    def run() -> None:
+        for index in range(several):
+            _launch(x, weights[index % len(weights)], out, tiling_of(first, gated), gated=gated)
+
+    choose(first, gated, run)
 
 
 def _launch(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, linear, recording
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS
-from flashspec.kernels.tiling import tiling_of
+from flashspec.kernels.tiling import IN_NO_CACHE, choose, tiling_of
 from flashspec.models.base import Features, KVCache
 
 if TYPE_CHECKING:
@@ -64,16 +64,17 @@ class FewTokens:
         return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
 
     def tune(self) -> None:
-        """As a product does, all of them."""
+        """As a product does, all of them: the layers' while a forward of one token runs."""
         if self._tuned or _capturing():
             return
-        layers = self._weights.layers
-        linear.tune([layer.qkv for layer in layers], gated=False)
-        linear.tune([layer.output for layer in layers], gated=False)
-        linear.tune([layer.gate_up for layer in layers], gated=True)
-        linear.tune([layer.down for layer in layers], gated=False)
-        self._score.tune()
         self._tuned = True
+        layer, c, embedding = self._weights.layers[0], self._config, self._weights.embedding
+        shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
+        cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
+        token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
+        for weight in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            choose(weight, weight is layer.gate_up, lambda: self._rehearse(token, cache))
+        self._score.tune()
 
     def forward(
         self,
@@ -98,6 +99,13 @@ class FewTokens:
         if features is not None:
             recording.record(states, positions, features.by_layer)
         return normed.view(*token_ids.shape, -1)
+
+    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
+        """token: (1, 1) zeros, which is its position too."""
+        layers = self._weights.layers
+        first = layers[0]
+        n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes
+        self._narrow(token, token, cache, layers[: -(-IN_NO_CACHE // n_bytes)], lambda *_: None)
 
     def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
         """squares: where hidden is not normed, but its product with the norm's weight."""
