@@ -126,7 +126,7 @@ def test_a_graph_follows_lengths_that_change_on_the_device(queries: int) -> None
 def test_an_old_gpu_says_so_once_and_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     decoding.available.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.warns(UserWarning, match=r"compute capability 7\.5, below 8\.0"):
+    with pytest.warns(RuntimeWarning, match=r"compute capability 7\.5, below 8\.0"):
         assert build(SHAPES["groups-of-3-64"], torch.float32)._few_tokens is None
     monkeypatch.undo()
     decoding.available.cache_clear()

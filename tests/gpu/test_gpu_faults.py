@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_gpu_engine import CUDA, OTHERS, PROMPTS, engine_of, is_graph, rows, tr
 from torch import Tensor
 
 from flashspec import FlashSpecConfig, SpeculativeEngine
+from flashspec.engine.graphs import CudaGraphs
 from flashspec.models.loading import load_model
 
 if not torch.cuda.is_available():
@@ -67,6 +69,27 @@ def test_where_memory_runs_out_the_other_workspaces_make_room() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [len(workspace.state.tokens) for workspace in engine.workspaces._kept.values()] == [128]
+
+
+def test_graphs_that_become_garbage_spoil_no_capture() -> None:
+    def count() -> None:
+        counter.add_(1)
+        assert len([[each] for each in range(100)]) == 100  # enough to start a collection, were there any
+
+    counter = torch.zeros(1, device=CUDA)
+    count()
+    dead: list[object] = [CudaGraphs(CUDA)(count)]
+    dead.append(dead)
+    gc.collect()
+    del dead
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        repeat = CudaGraphs(CUDA)(count)
+    finally:
+        gc.set_threshold(*threshold)
+    repeat()
+    assert counter.item() == 2
 
 
 def test_without_a_compiler_the_twins_run_and_one_warning_says_so(tmp_path: Path) -> None:

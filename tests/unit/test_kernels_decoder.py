@@ -54,28 +54,40 @@ def test_projections_equal_their_twins(tokens: int, outputs: int, depth: int, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(1, 48, 64), (5, 40, 96), (20, 33, 192)])
+@pytest.mark.parametrize(("tokens", "outputs", "depth"), [(1, 48, 64), (5, 40, 96), (20, 33, 192), (64, 16, 128)])
 def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
     tokens: int, outputs: int, depth: int, dtype: torch.dtype
 ) -> None:
-    x, squares, bias = (
-        normal(tokens, depth, dtype=dtype),
-        normal(tokens, 3).square(),
-        normal(outputs, dtype=dtype),
-    )
-    hidden, norm = normal(tokens, outputs, dtype=dtype), normal(outputs, dtype=dtype)
-    spread = normal(2 * outputs, 1).exp()  # rows of many sizes
-    both = InBytes.of(normal(2 * outputs, depth, scale=0.1) * spread)
+    x, squares = normal(tokens, depth, dtype=dtype), normal(tokens, 3).square()
+    x[0] *= 10
+    bias, hidden = normal(outputs, dtype=dtype), normal(tokens, outputs, dtype=dtype)
+    norm, spread = normal(outputs, dtype=dtype), normal(2 * outputs, 1).exp()  # rows of many sizes
+    both = InBytes.of(normal(2 * outputs, depth, scale=0.02) * spread)
     weight = InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
-    whole, halves = (found.values.float() * found.scales[:, None] for found in (weight, both))
-    expected = twin.project(x.float(), whole, bias.float(), squares, 1e-5, torch.float32)
-    assert_near(linear.project(x, weight, bias, squares, 1e-5, torch.float32), expected)
-    assert_near(twin.project(x.float(), weight, bias.float(), squares, 1e-5, torch.float32), expected)
-    gated = twin.project_gated(x.float(), halves, squares, 1e-5)
-    assert_near(linear.project_gated(x, both, squares, 1e-5), gated.to(dtype))
-    added = twin.project_add(x.float(), whole, bias.float(), hidden.float(), norm.float())
-    for found, wanted in zip(linear.project_add(x, weight, bias, hidden, norm)[:2], added, strict=False):
-        assert_near(found, wanted.to(dtype))
+    found = linear.project(x, weight, bias, squares, 1e-5, torch.float32)
+    assert_near(found, twin.project(x, weight, bias, squares, 1e-5, torch.float32))
+    whole = weight.values.float() * weight.scales[:, None]
+    full = twin.project(x.float(), whole, bias.float(), squares, 1e-5, torch.float32)
+    assert (found - full).norm() < 1e-4 * full.norm()  # inputs in sixteen bits
+    assert_near(linear.project_gated(x, both, squares, 1e-5), twin.project_gated(x, both, squares, 1e-5))
+    ours = linear.project_add(x, weight, bias, hidden, norm)
+    theirs = twin.project_add(x, weight, bias, hidden, norm)
+    for a, b in zip(ours[:2], theirs, strict=False):
+        assert_near(a, b)
+    assert_near(ours[2].sum(1), ours[0].float().square().sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_in_two_bytes_are_within_half_a_step(dtype: torch.dtype) -> None:
+    x = normal(6, 45, dtype=dtype) * torch.tensor([1, 1e-3, 0, 30, 1, 1])[:, None].to(dtype)
+    for found, scales in (elementwise.round_to_bytes(x), twin.round_to_bytes(x)):
+        steps = 256 * found[:, 0].double() + found[:, 1].double()
+        assert ((steps * scales[:, None] - x.double()).abs() <= 0.501 * scales[:, None]).all()
+        assert_near(scales * 32512, x.float().abs().amax(1).clamp(min=1e-30))
+    for fault in (math.nan, math.inf):
+        x[4, 7] = fault
+        for _, scales in (elementwise.round_to_bytes(x), twin.round_to_bytes(x)):
+            assert scales.isfinite().tolist() == [True] * 4 + [False, True]
 
 
 def test_a_weight_in_eight_bits_is_within_half_a_step() -> None:

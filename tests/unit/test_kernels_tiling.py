@@ -16,8 +16,8 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tiling, "_chosen", {})
 
 
-def weights(outputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    return [torch.zeros(outputs, 128, dtype=dtype) for _ in range(3)]
+def weight(outputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(outputs, 128, dtype=dtype)
 
 
 def never(*_: object) -> float:
@@ -26,35 +26,35 @@ def never(*_: object) -> float:
 
 def test_the_fastest_cut_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     best = tiling.CANDIDATES[3]
-    monkeypatch.setattr(tiling, "_seconds", lambda several, cut, run: 1.0 if cut == best else 2.0)
-    tiling.choose(weights(), False, never)
-    assert tiling.tiling_of(weights()[0]) == best
+    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
+    tiling.choose(weight(), False, lambda: 1.0 if tiling.tiling_of(weight()) == best else 2.0)
+    assert tiling.tiling_of(weight()) == best
     monkeypatch.setattr(tiling, "_seconds", never)
-    tiling.choose(weights(), False, never)  # known in this process
+    tiling.choose(weight(), False, never)  # known in this process
     monkeypatch.setattr(tiling, "_chosen", {})
-    tiling.choose(weights(), False, never)  # known on disk
-    assert tiling.tiling_of(weights()[0]) == best
+    tiling.choose(weight(), False, never)  # known on disk
+    assert tiling.tiling_of(weight()) == best
 
 
 def test_a_shape_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_seconds", lambda several, cut, run: 1.0 if cut == tiling.CANDIDATES[4] else 2.0)
-    tiling.choose(weights(), False, never)
-    assert tiling.tiling_of(weights(80)[0]) == tiling.guess(weights(80)[0])
-    assert tiling.tiling_of(weights()[0], gated=True) == tiling.guess(weights()[0], gated=True)
+    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
+    tiling.choose(weight(), False, lambda: 1.0 if tiling.tiling_of(weight()) == tiling.CANDIDATES[4] else 2.0)
+    assert tiling.tiling_of(weight(80)) == tiling.guess(weight(80))
+    assert tiling.tiling_of(weight(), gated=True) == tiling.guess(weight(), gated=True)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}'])
 def test_a_damaged_file_is_measured_anew(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tilings.json").write_text(content)
-    monkeypatch.setattr(tiling, "_seconds", lambda several, cut, run: float(cut.rows))
-    tiling.choose(weights(), False, never)
-    assert tiling.tiling_of(weights()[0]).rows == min(cut.rows for cut in tiling.CANDIDATES)
+    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
+    tiling.choose(weight(), False, lambda: float(tiling.tiling_of(weight()).rows))
+    assert tiling.tiling_of(weight()).rows == min(cut.rows for cut in tiling.CANDIDATES)
 
 
 def test_float32_is_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "_seconds", never)
-    tiling.choose(weights(dtype=torch.float32), False, never)
-    assert tiling.tiling_of(weights(dtype=torch.float32)[0]).strands == 1
+    tiling.choose(weight(dtype=torch.float32), False, never)
+    assert tiling.tiling_of(weight(dtype=torch.float32)).strands == 1
 
 
 @pytest.mark.parametrize(

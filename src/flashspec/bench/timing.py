@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from flashspec.kernels.capture import captured
+
 
 class Timer(Protocol):
     """(microseconds, spread) of one call(i), called for i in 0..calls - 1: the median over takes of those calls, of two
@@ -52,10 +54,7 @@ def _in_a_graph(
                 before()
             call(0)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(index)
+    graph = captured(lambda: [call(index) for index in range(calls)])
     _median_replay(graph, 5, before)
     first, second = (_median_replay(graph, replays, before) / calls for _ in range(2))
     return round(second, 3), round(abs(second - first), 3)

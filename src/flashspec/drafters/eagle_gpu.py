@@ -1,16 +1,15 @@
 """An EAGLE-3 head for few tokens on a GPU: ten launches a draft token, all of which a CUDA graph may hold.
 
-Its weights of 16 bits are read in eight, a scale a row, as they are on a CPU."""
+Its large weights are read in eight bits, a scale a row, as they are on a CPU."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, recording
-from flashspec.kernels.decoding import MOST_TOKENS
+from flashspec.kernels.decoding import MOST_TOKENS, Weight
 from flashspec.models.base import KVCache
 from flashspec.models.decoder_gpu import FewTokens, Product
 
@@ -31,15 +30,22 @@ class FewTokensHead(FewTokens):
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, frequencies: Tensor, fusion: Fusion) -> None:
         layer, dtype = weights.layers[0], weights.embedding.dtype
-        rounded = dtype != torch.float32
-        super().__init__(config, weights, frequencies, rounded)
+        super().__init__(config, weights, frequencies, rounded=True)
         self._hidden_norm = fusion.hidden_norm
-        self.fuse = Product(fusion.fc, dtype, rounded=rounded)
-        self._qkv = Product(layer.qkv, dtype, layer.qkv_bias, rounded=rounded)
+        self.fuse = Product(fusion.fc, dtype, rounded=True)
+        self._qkv = Product(layer.qkv, dtype, layer.qkv_bias, rounded=True)
 
     def tune(self) -> None:
         super().tune()
         self.fuse.tune()
+
+    def _qkv_weight(self) -> Weight:
+        return self._qkv.few
+
+    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
+        width = self._config.hidden_size
+        for _ in range(4):
+            self.extend(token, self._weights.embedding.new_zeros(1, 1, width), token, cache)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache) -> Tip:
         """Behind the hidden states what `logits` takes."""

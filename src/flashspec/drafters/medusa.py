@@ -77,12 +77,11 @@ class MedusaHeads:
 
 
 def product_by(weight: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
-    """(..., in) -> (..., out) in a dtype by a weight (out, in), of 16 bits read in eight on a GPU: float32 for
-    the rows of an LM head."""
+    """(..., in) -> (..., out) in a dtype by a weight (out, in): float32 for the rows of an LM head."""
     if decoding.available(weight.device) and weight.shape[1] % 16 == 0:
         from flashspec.models.decoder_gpu import Product
 
-        return Product(weight, dtype, rounded=weight.dtype != torch.float32)
+        return Product(weight, dtype, rounded=True)
     return lambda hidden: F.linear(hidden, weight).to(dtype)
 
 

@@ -10,6 +10,8 @@ from warnings import warn
 
 import torch
 
+from flashspec.kernels.capture import uncollected
+
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool
 
@@ -72,7 +74,7 @@ class CudaGraphs:
     def _record(self, work: Callable[[], object], pool: Pool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with uncollected(), torch.cuda.stream(self.stream):
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 work()

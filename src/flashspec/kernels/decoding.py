@@ -12,6 +12,7 @@ the call. Nothing is read back, and every launch can be captured in a CUDA graph
   project(x, weight, bias | None, squares | None, eps, dtype) -> (M, out)
   project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
   project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares
+  round_to_bytes(x (M, K)) -> high and low bytes (M, 2, K) int8, scales (M,): x in steps of its largest entry / 32512
   attend(qkv (M, (H + 2K) D), waves | None, positions (B, Q), keys, values (B, K, capacity, D), qk_norm ((H + K, D) |
          None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None, asked = Q) -> (B * asked, H D)
       of every row's last queries; writes the new keys and values of all at their positions. A query sees the last
@@ -44,7 +45,8 @@ available = usable
 
 
 class InBytes(NamedTuple):
-    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32, one a row."""
+    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32, one a row. A product's inputs are
+    rounded to sixteen bits, its sums are exact."""
 
     values: Tensor
     scales: Tensor
@@ -58,3 +60,7 @@ class InBytes(NamedTuple):
 
 
 Weight = Tensor | InBytes
+
+
+def values_of(weight: Weight) -> Tensor:
+    return weight.values if isinstance(weight, InBytes) else weight

@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.decoding import InBytes, Weight
-from flashspec.kernels.tiling import Tiling, choose, overlapped, shared_memory, tiling_of
+from flashspec.kernels import elementwise
+from flashspec.kernels.decoding import InBytes, Weight, values_of
+from flashspec.kernels.tiling import IN_NO_CACHE, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
 LATE = 32 << 20
-LEAST_TOKENS = 16
+LEAST_COLUMNS, MOST_COLUMNS = 16, 128  # of a matrix instruction, of what registers hold
 
 
 @triton.jit
@@ -50,17 +51,16 @@ def _ask_weights(weight_ptr, up_ptr, line_at, piece, PIECES: tl.constexpr, GATED
 
 
 @triton.jit
-def _weights(weight_ptr, inside, dtype: tl.constexpr, EVEN: tl.constexpr):
+def _weights(weight_ptr, inside, EVEN: tl.constexpr):
     """A tile [rows, DEPTH], zeros where the depth has ended."""
-    tile = tl.load(weight_ptr) if EVEN else tl.load(weight_ptr, mask=inside[None, :], other=0)
-    return tile.to(dtype)
+    return tl.load(weight_ptr) if EVEN else tl.load(weight_ptr, mask=inside[None, :], other=0)
 
 
 @triton.jit
 def _join(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRANDS: tl.constexpr):
     """The sum of the blocks on the diagonal, [ROWS, TOKENS]."""
     line, column = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS)
-    acc = tl.where((line // ROWS)[:, None] == (column // TOKENS)[None, :], acc, 0.0)
+    acc = tl.where((line // ROWS)[:, None] == (column // TOKENS)[None, :], acc, 0)
     acc = tl.sum(tl.reshape(acc, [ROWS * STRANDS, STRANDS, TOKENS]), 1)
     return tl.sum(tl.reshape(acc, [STRANDS, ROWS, TOKENS]), 0)
 
@@ -80,8 +80,10 @@ def _products(
     OVERLAP: tl.constexpr,
     LATE: tl.constexpr,
 ):
-    """This program's rows times the tokens, and if GATED its rows of the second half too: float32 [ROWS, TOKENS] each.
-    Weights are asked for before the inputs are waited for. sizes: (M, N, K, strand length, bytes of a piece)"""
+    """This program's rows times the tokens, and if GATED its rows of the second half too: [ROWS, TOKENS] each, float32,
+    of bytes int32. Weights are asked for before the inputs are waited for.
+
+    sizes: (M, N, K, strand length, bytes of a piece)"""
     M, N, K, strand_length, piece = sizes
     # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
     # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
@@ -98,16 +100,17 @@ def _products(
         if not LATE:
             gdc_launch_dependents()
 
-    acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
-    acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], tl.float32)
+    sum_type: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], sum_type)
+    acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], sum_type)
     for start in range(0, strand_length, DEPTH):
         inside = start + depth < strand_length
-        x = tl.load(x_ptr + x_at + start, mask=in_columns if EVEN else in_columns & inside[:, None], other=0.0)
-        acc = tl.dot(_weights(weight_ptr + weight_at + start, inside, x.dtype, EVEN), x, acc, input_precision="ieee")
+        x = tl.load(x_ptr + x_at + start, mask=in_columns if EVEN else in_columns & inside[:, None], other=0)
+        tile = _weights(weight_ptr + weight_at + start, inside, EVEN)
+        acc = tl.dot(tile, x, acc, input_precision="ieee", out_dtype=sum_type)
         if GATED:
-            acc_up = tl.dot(
-                _weights(up_ptr + weight_at + start, inside, x.dtype, EVEN), x, acc_up, input_precision="ieee"
-            )
+            tile = _weights(up_ptr + weight_at + start, inside, EVEN)
+            acc_up = tl.dot(tile, x, acc_up, input_precision="ieee", out_dtype=sum_type)
 
     if OVERLAP and LATE:
         gdc_launch_dependents()
@@ -116,6 +119,14 @@ def _products(
         if GATED:
             acc_up = _join(acc_up, ROWS, TOKENS, STRANDS)
     return acc, acc_up
+
+
+@triton.jit
+def _of_bytes(acc, scales_ptr, rows, in_rows, token_scales, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Float32 [ROWS, TOKENS] of int32 [ROWS, 2 * TOKENS], where a token has a column of high bytes and one of low."""
+    high, low = tl.split(tl.reshape(acc, [ROWS, TOKENS, 2]))
+    scales = tl.load(scales_ptr + rows, mask=in_rows, other=0.0)
+    return (high.to(tl.float32) * 256 + low.to(tl.float32)) * scales[:, None] * token_scales[None, :]
 
 
 @triton.jit
@@ -132,6 +143,7 @@ def _linear_kernel(
     x_ptr,
     weight_ptr,
     scales_ptr,
+    token_scales_ptr,
     out_ptr,
     bias_ptr,
     squares_ptr,
@@ -162,12 +174,16 @@ def _linear_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     tokens = tl.arange(0, TOKENS)  # [TOKENS]
     in_rows, in_tokens = rows < N, tokens < M
-    sizes = M, N, K, strand_length, piece
-    acc, acc_up = _products(x_ptr, weight_ptr, sizes, TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP, LATE)
+    sides: tl.constexpr = 1 if scales_ptr is None else 2
+    sizes = sides * M, N, K, strand_length, piece
+    acc, acc_up = _products(
+        x_ptr, weight_ptr, sizes, sides * TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP, LATE
+    )
     if scales_ptr is not None:
-        acc *= tl.load(scales_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        token_scales = tl.load(token_scales_ptr + tokens, mask=in_tokens, other=0.0)
+        acc = _of_bytes(acc, scales_ptr, rows, in_rows, token_scales, ROWS, TOKENS)
         if GATED:
-            acc_up *= tl.load(scales_ptr + N + rows, mask=in_rows, other=0.0)[:, None]
+            acc_up = _of_bytes(acc_up, scales_ptr + N, rows, in_rows, token_scales, ROWS, TOKENS)
     if SQUARES:
         scale = _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES)[None, :]
         acc = acc * scale
@@ -198,51 +214,47 @@ def project(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    values, scales = _parts(weight)
-    out = torch.empty(x.shape[0], values.shape[0], dtype=dtype, device=x.device)
-    _launch(x, values, out, tiling_of(values), scales=scales, bias=bias, squares=squares, eps=eps)
+    out = torch.empty(x.shape[0], len(values_of(weight)), dtype=dtype, device=x.device)
+    _launch(x, weight, out, bias=bias, squares=squares, eps=eps)
     return out
 
 
 def project_gated(x: Tensor, weight: Weight, squares: Tensor, eps: float) -> Tensor:
-    values, scales = _parts(weight)
-    out = torch.empty(x.shape[0], values.shape[0] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, values, out, tiling_of(values, gated=True), scales=scales, squares=squares, eps=eps, gated=True)
+    out = torch.empty(x.shape[0], len(values_of(weight)) // 2, dtype=x.dtype, device=x.device)
+    _launch(x, weight, out, squares=squares, eps=eps, gated=True)
     return out
 
 
 def project_add(
     x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, scales = _parts(weight)
-    tiling = tiling_of(values)
+    values = values_of(weight)
     out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
-    parts = torch.empty(len(x), triton.cdiv(len(values), tiling.rows), dtype=torch.float32, device=x.device)
-    _launch(x, values, out, tiling, scales=scales, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
+    parts = torch.empty(len(x), triton.cdiv(len(values), tiling_of(values).rows), dtype=torch.float32, device=x.device)
+    _launch(x, weight, out, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
     return out, weighted, parts
 
 
 def tune(weights: Sequence[Weight], gated: bool) -> None:
-    """Choose the tiling for weights of one shape by measurement."""
-    values, scales = zip(*map(_parts, weights), strict=True)
-    outputs, depth = values[0].shape[0] // (2 if gated else 1), values[0].shape[1]
-    dtype = torch.bfloat16 if scales[0] is not None else values[0].dtype
-    x = torch.randn(8, depth, dtype=dtype, device=values[0].device)
-    out = torch.empty(8, outputs, dtype=x.dtype, device=x.device)
-    choose(values, gated, lambda weight, tiling: _launch(x, weight, out, tiling, scales=scales[0], gated=gated))
+    """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
+    first = values_of(weights[0])
+    dtype = first.dtype if first.is_floating_point() else torch.bfloat16
+    x = torch.randn(8, first.shape[1], dtype=dtype, device=first.device)
+    out = torch.empty(8, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
+    several = max(2, min(len(weights), -(-IN_NO_CACHE // first.nbytes)))
 
+    def run() -> None:
+        for index in range(several):
+            _launch(x, weights[index % len(weights)], out, gated=gated)
 
-def _parts(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    return weight if isinstance(weight, InBytes) else (weight, None)
+    choose(first, gated, run)
 
 
 def _launch(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     out: Tensor,
-    tiling: Tiling,
     *,
-    scales: Tensor | None = None,
     bias: Tensor | None = None,
     squares: Tensor | None = None,
     hidden: Tensor | None = None,
@@ -254,18 +266,25 @@ def _launch(
 ) -> None:
     M, K = x.shape
     N = out.shape[1]
+    values, scales, token_scales, sides = values_of(weight), None, None, 1
+    if isinstance(weight, InBytes):
+        x, token_scales = elementwise.round_to_bytes(x)
+        scales, sides = weight.scales, 2
+    tiling = tiling_of(values, gated)
+    tokens = max(triton.next_power_of_2(M), LEAST_COLUMNS // sides)
     strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
-    tokens = max(triton.next_power_of_2(M), LEAST_TOKENS)
-    lines, columns = tiling.rows * strands, tokens * strands
-    line_bytes, column_bytes = lines * (2 if gated else 1) * weight.itemsize, columns * x.itemsize
-    stage_bytes = (line_bytes + column_bytes) * tiling.depth
+    while sides * tokens * strands > MOST_COLUMNS:
+        strands //= 2
+    lines, columns = tiling.rows * strands, sides * tokens * strands
+    stage_bytes = (lines * (2 if gated else 1) + columns) * tiling.depth * values.itemsize
     threads = 32 * tiling.warps
-    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * weight.itemsize * lines // threads)
+    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * values.itemsize * lines // threads)
     with torch.cuda.device_of(x):
         _linear_kernel[(triton.cdiv(N, tiling.rows),)](
             x,
-            weight,
+            values,
             scales,
+            token_scales,
             out,
             bias,
             squares,
@@ -290,7 +309,7 @@ def _launch(
             GATED=gated,
             HAS_BIAS=bias is not None,
             ADDS=hidden is not None,
-            LATE=weight.nbytes >= LATE,
+            LATE=values.nbytes >= LATE,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
             **overlapped(x.device),

@@ -12,9 +12,19 @@ from flashspec.kernels.decoding import InBytes, Weight
 
 
 def _product(x: Tensor, weight: Weight) -> Tensor:
-    if isinstance(weight, InBytes):
-        return F.linear(x, weight.values.to(x.dtype)).float() * weight.scales
-    return F.linear(x, weight)
+    if not isinstance(weight, InBytes):
+        return F.linear(x, weight).float()
+    found, scales = round_to_bytes(x)
+    sums = F.linear(found.double(), weight.values.double())  # (M, 2, N), exact
+    return ((256 * sums[:, 0] + sums[:, 1]) * weight.scales * scales[:, None]).float()
+
+
+def round_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    steps = (x * (32512 / largest) + 0.5).floor().nan_to_num(0.0).int()
+    high = (steps + 128) >> 8
+    return torch.stack((high, steps - high * 256), 1).to(torch.int8), (largest / 32512)[:, 0] + (x * 0).sum(1)
 
 
 def project(
@@ -25,7 +35,7 @@ def project(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _product(x, weight).float()
+    out = _product(x, weight)
     if squares is not None:
         out *= _scale(squares, x.shape[1], eps)
     return (out if bias is None else out + bias).to(dtype)

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashspec.cache import cache_dir
+from flashspec.kernels.capture import captured
 
 
 class Tiling(NamedTuple):
@@ -36,6 +37,13 @@ CANDIDATES = (
     Tiling(16, 4, 128, 4, 5),
     Tiling(16, 4, 64, 4, 6),
 )
+OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
+    Tiling(64, 1, 256, 4, 4),
+    Tiling(32, 2, 256, 4, 4),
+    Tiling(32, 2, 128, 4, 6),
+    Tiling(16, 4, 128, 4, 6),
+)
+IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 
 
@@ -48,6 +56,8 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
     outputs = weight.shape[0] // (2 if gated else 1)
     if weight.dtype == torch.float32:
         return Tiling(16, 1, 64, 4, 4)
+    if weight.dtype == torch.int8:
+        return OF_BYTES[0] if outputs >= 6144 else OF_BYTES[3]
     if gated:
         return CANDIDATES[1] if outputs >= 4096 else CANDIDATES[3]
     if outputs >= 6144:
@@ -55,30 +65,31 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
     return CANDIDATES[2] if outputs > 2048 else CANDIDATES[5]
 
 
-def choose(weights: Sequence[Tensor], gated: bool, run: Callable[[Tensor, Tiling], None]) -> None:
-    """Time `run` over weights of one shape (several, so that they do not stay in L2) and remember the best cut."""
-    name = _name(weights[0], gated)
-    if name in _chosen or weights[0].dtype == torch.float32:
+def choose(weight: Tensor, gated: bool, run: Callable[[], object]) -> None:
+    """Remember the cut with which `run` is fastest: work that multiplies by weights of this shape, more than stay in
+    L2, among what surrounds them in use, as the cut decides too how long the neighbours wait."""
+    name = _name(weight, gated)
+    if name in _chosen or weight.dtype == torch.float32:
         return
     if not _chosen:
         _chosen.update(_stored())
     if name not in _chosen:
-        enough = max(1, -(-(128 << 20) // weights[0].nbytes))  # bytes that do not fit in any L2
-        several = [weights[i % len(weights)] for i in range(max(min(len(weights), enough), 2))]
-        _chosen[name] = min(CANDIDATES, key=lambda tiling: _seconds(several, tiling, run))
+
+        def with_cut(tiling: Tiling) -> float:
+            _chosen[name] = tiling
+            return _seconds(run)
+
+        _chosen[name] = min(OF_BYTES if weight.dtype == torch.int8 else CANDIDATES, key=with_cut)
         _store()
 
 
-def _seconds(weights: Sequence[Tensor], tiling: Tiling, run: Callable[[Tensor, Tiling], None]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     """In a CUDA graph: launched one by one, small products take as long as their launches."""
-    run(weights[0], tiling)  # compiles
+    run()  # compiles
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for weight in weights:
-            run(weight, tiling)
+    graph = captured(run)
     times = []
-    for _ in range(6):
+    for _ in range(10):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()

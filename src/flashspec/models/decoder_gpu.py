@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashspec.kernels import attention, elementwise, linear, recording
-from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes
-from flashspec.kernels.tiling import tiling_of
+from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes, Weight, values_of
+from flashspec.kernels.tiling import IN_NO_CACHE, choose, tiling_of
 from flashspec.models.base import Features, KVCache
 
 if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
+ROUNDED = 16 << 20  # bytes
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
 
 
@@ -27,6 +28,11 @@ def fits(config: DecoderConfig) -> bool:
     """Heads of 16, 32 ... 256 dimensions, and widths that 16-byte loads divide."""
     widths = (config.hidden_size, config.intermediate_size, config.head_dim)
     return config.head_dim <= 256 and all(width % 16 == 0 for width in widths)
+
+
+def read_as(weight: Tensor, rounded: bool) -> Weight:
+    """In eight bits where half the bytes save more time than the launch takes that rounds the inputs."""
+    return InBytes.of(weight) if rounded and weight.dtype != torch.float32 and weight.nbytes >= ROUNDED else weight
 
 
 class Product:
@@ -39,13 +45,13 @@ class Product:
         self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, eps: float = 0.0, rounded: bool = False
     ) -> None:
         self._weight, self._dtype, self._bias, self._eps = weight, dtype, bias, eps
-        self._few = InBytes.of(weight) if rounded else weight
+        self.few = read_as(weight, rounded)
         self._tuned = False
 
     def tune(self) -> None:
         """Measure what has not been measured on this GPU; nothing while a graph is captured."""
         if not self._tuned and not _capturing():
-            linear.tune([self._few], gated=False)
+            linear.tune([self.few], gated=False)
             self._tuned = True
 
     def __call__(self, x: Tensor, squares: Tensor | None = None) -> Tensor:
@@ -53,7 +59,7 @@ class Product:
             return F.linear(x, self._weight, self._bias).to(self._dtype)
         self.tune()
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # a view of every row's last token is not
-        return linear.project(rows, self._few, self._bias, squares, self._eps, self._dtype).view(*x.shape[:-1], -1)
+        return linear.project(rows, self.few, self._bias, squares, self._eps, self._dtype).view(*x.shape[:-1], -1)
 
 
 class FewTokens:
@@ -65,23 +71,27 @@ class FewTokens:
     ) -> None:
         self._config, self._weights, self._frequencies = config, weights, frequencies
         self._score = Product(weights.lm_head, torch.float32, eps=config.norm_eps, rounded=rounded)
-        matrices = [(layer.output, layer.gate_up, layer.down) for layer in weights.layers]
-        self._behind = [tuple(map(InBytes.of, three)) if rounded else three for three in matrices]
+        self._behind = [
+            tuple(read_as(each, rounded) for each in (layer.output, layer.gate_up, layer.down))
+            for layer in weights.layers
+        ]
         self._tuned = False
 
     def takes(self, token_ids: Tensor) -> bool:
         return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
 
     def tune(self) -> None:
-        """As a product does, all of them."""
+        """As a product does, all of them: the layers' while a forward of one token runs."""
         if self._tuned or _capturing():
             return
-        layers = self._weights.layers
-        linear.tune([layer.qkv for layer in layers], gated=False)
-        for weights, gated in zip(zip(*self._behind, strict=True), (False, True, False), strict=True):
-            linear.tune(weights, gated)
-        self._score.tune()
         self._tuned = True
+        c, embedding = self._config, self._weights.embedding
+        shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
+        cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
+        token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
+        for index, weight in enumerate((self._qkv_weight(), *self._behind[0])):
+            choose(values_of(weight), index == 2, lambda: self._rehearse(token, cache))
+        self._score.tune()
 
     def forward(
         self,
@@ -106,6 +116,17 @@ class FewTokens:
         if features is not None:
             recording.record(states, positions, features.by_layer)
         return normed.view(*token_ids.shape, -1)
+
+    def _qkv_weight(self) -> Weight:
+        return self._weights.layers[0].qkv
+
+    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
+        """token: (1, 1) zeros, which is its position too."""
+        layers = self._weights.layers
+        first = layers[0]
+        n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes
+        enough = max(-(-4 * IN_NO_CACHE // n_bytes), 4)  # of which few are first or last
+        self._narrow(token, token, cache, layers[:enough], lambda *_: None)
 
     def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
         """squares: where hidden is not normed, but its product with the norm's weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from decoding import open_run
 from small_heads import PART, VOCAB, write_eagle, write_medusa, write_tiny
 from small_models import decoder_of, llama
+from torch import Tensor
 
 import flashspec.kernels
 from flashspec.drafters.eagle import EagleDrafter, EagleHead, Fusion
@@ -28,6 +30,7 @@ if torch.cuda.is_available():
 
 from flashspec.drafters.eagle_gpu import FewTokensHead, fits
 from flashspec.kernels import elementwise, linear, recording, reference_decoder
+from flashspec.models import decoder_gpu
 
 HIDDEN, TARGET_HIDDEN, PARTS, SLOTS = 32, 48, 21, 80
 SHAPE = {
@@ -161,15 +164,36 @@ def test_states_are_recorded_side_by_side_in_one_launch(rows: int, monkeypatch: 
 
 
 def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[int] = []
-    monkeypatch.setattr(linear, "tune", lambda weights, gated: measured.append(weights[0].data_ptr()))
-    head = head_of()
-    head_on_a_gpu = on_the_fast_path(head)
-    head_on_a_gpu._few_tokens.tune()
-    head_on_a_gpu._few_tokens.tune()
-    layer = head.weights.layers[0]
-    used = [layer.qkv, layer.output, layer.gate_up, layer.down, head.weights.lm_head, head.fusion.fc]
-    assert sorted(measured) == sorted(weight.data_ptr() for weight in used)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    measured, multiplied = list[tuple[int, bool]](), list[int]()
+
+    def launch(x: Tensor, weight: Tensor, *rest: object, **options: Any) -> None:
+        multiplied.append(weight.data_ptr())
+        launch_kernel(x, weight, *rest, **options)
+
+    def choose(weight: Tensor, gated: bool, run: Callable[[], object]) -> None:
+        if (weight.data_ptr(), gated) not in measured:
+            measured.append((weight.data_ptr(), gated))
+            multiplied.clear()
+            run()
+            assert weight.data_ptr() in multiplied
+
+    launch_kernel = linear._launch
+    monkeypatch.setattr(linear, "_launch", launch)
+    for module in (linear, decoder_gpu):
+        monkeypatch.setattr(module, "choose", choose)
+    head, decoder = head_of(), decoder_of(DecoderConfig(**SHAPE), torch.randn)
+    target = decoder_gpu.FewTokens(decoder.config, decoder.weights, decoder._inv_freq)
+    for few_tokens, weights, others in (
+        (on_the_fast_path(head)._few_tokens, head.weights, [head.fusion.fc]),
+        (target, decoder.weights, []),
+    ):
+        measured.clear()
+        few_tokens.tune()
+        few_tokens.tune()
+        layer = weights.layers[0]
+        used = [layer.qkv, layer.output, layer.gate_up, layer.down, weights.lm_head, *others]
+        assert sorted(measured) == sorted((weight.data_ptr(), weight is layer.gate_up) for weight in used)
 
 
 TARGET = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=96)
