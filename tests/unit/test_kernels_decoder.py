@@ -79,7 +79,7 @@ def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_in_two_bytes_are_within_half_a_step(dtype: torch.dtype) -> None:
-    x = normal(6, 45, dtype=dtype) * torch.tensor([1, 1e-3, 0, 30, 1, 1])[:, None].to(dtype)
+    x = normal(6, 45, dtype=dtype) * torch.tensor([1, 1e-3, 0, 30, 1, 1], device=DEVICE)[:, None].to(dtype)
     for found, scales in (elementwise.round_to_bytes(x), twin.round_to_bytes(x)):
         steps = 256 * found[:, 0].double() + found[:, 1].double()
         assert ((steps * scales[:, None] - x.double()).abs() <= 0.501 * scales[:, None]).all()

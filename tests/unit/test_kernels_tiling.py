@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -24,37 +25,70 @@ def never(*_: object) -> float:
     raise AssertionError("nothing should be measured")
 
 
-def test_the_fastest_cut_is_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = tiling.CANDIDATES[3]
-    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
-    tiling.choose(weight(), False, lambda: 1.0 if tiling.tiling_of(weight()) == best else 2.0)
-    assert tiling.tiling_of(weight()) == best
-    monkeypatch.setattr(tiling, "_seconds", never)
-    tiling.choose(weight(), False, never)  # known in this process
+def cuts(*products: tuple[torch.Tensor, bool]) -> list[tiling.Tiling]:
+    return [tiling.tiling_of(*product) for product in products]
+
+
+@pytest.fixture
+def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured returns its own milliseconds, of which the first replays take more."""
+    replays = itertools.count(1)
+    monkeypatch.setattr(tiling, "captured", lambda run: run())
+    monkeypatch.setattr(tiling, "_milliseconds", lambda milliseconds: milliseconds * (1 + 10 / next(replays)))
+
+
+A, B = (weight(), False), (weight(80), True)
+
+
+@pytest.mark.usefixtures("clockwork")
+@pytest.mark.parametrize("best", tiling.CANDIDATES, ids=str)
+def test_the_fastest_cut_is_kept_and_found_again(best: tiling.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling.choose([A], lambda: 1.0 if cuts(A) == [best] else 1.1)
+    assert cuts(A) == [best]
+    tiling.choose([A], never)  # known in this process
     monkeypatch.setattr(tiling, "_chosen", {})
-    tiling.choose(weight(), False, never)  # known on disk
-    assert tiling.tiling_of(weight()) == best
+    tiling.choose([A], never)  # known on disk
+    assert cuts(A) == [best]
 
 
-def test_a_shape_stands_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
-    tiling.choose(weight(), False, lambda: 1.0 if tiling.tiling_of(weight()) == tiling.CANDIDATES[4] else 2.0)
-    assert tiling.tiling_of(weight(80)) == tiling.guess(weight(80))
-    assert tiling.tiling_of(weight(), gated=True) == tiling.guess(weight(), gated=True)
+@pytest.mark.usefixtures("clockwork")
+def test_cuts_are_measured_among_each_others() -> None:
+    first, second = tiling.CANDIDATES[2], tiling.CANDIDATES[4]
+
+    def run() -> float:
+        a, b = cuts(A, B)
+        return 1.0 + (b != second) + 0.1 * (a != (first if b == second else tiling.CANDIDATES[0]))
+
+    tiling.choose([A, B], run)
+    assert cuts(A, B) == [first, second]
 
 
+@pytest.mark.usefixtures("clockwork")
+def test_a_shape_stands_for_itself() -> None:
+    tiling.choose([A], lambda: 1.0 if cuts(A) == [tiling.CANDIDATES[4]] else 2.0)
+    others = [(weight(80), False), (weight(), True), (weight(dtype=torch.int8), False)]
+    assert cuts(*others) == [tiling.guess(*other) for other in others]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_bytes_have_cuts_of_their_own() -> None:
+    product = weight(dtype=torch.int8), False
+    tiling.choose([product], lambda: 1.0 if cuts(product) == [tiling.OF_BYTES[2]] else 2.0)
+    assert cuts(product) == [tiling.OF_BYTES[2]]
+
+
+@pytest.mark.usefixtures("clockwork")
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}'])
-def test_a_damaged_file_is_measured_anew(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_is_measured_anew(content: str, tmp_path: Path) -> None:
     (tmp_path / "tilings.json").write_text(content)
-    monkeypatch.setattr(tiling, "_seconds", lambda run: run())
-    tiling.choose(weight(), False, lambda: float(tiling.tiling_of(weight()).rows))
-    assert tiling.tiling_of(weight()).rows == min(cut.rows for cut in tiling.CANDIDATES)
+    tiling.choose([A], lambda: float(cuts(A)[0].rows))
+    assert cuts(A)[0].rows == min(cut.rows for cut in tiling.CANDIDATES)
 
 
-def test_float32_is_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_seconds", never)
-    tiling.choose(weight(dtype=torch.float32), False, never)
-    assert tiling.tiling_of(weight(dtype=torch.float32)).strands == 1
+def test_float32_is_never_measured() -> None:
+    product = weight(dtype=torch.float32), False
+    tiling.choose([product], never)
+    assert cuts(product)[0].strands == 1
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def tune(weights: Sequence[Weight], gated: bool) -> None:
         for index in range(several):
             _launch(x, weights[index % len(weights)], out, gated=gated)
 
-    choose(first, gated, run)
+    choose([(first, gated)], run)
 
 
 def _launch(

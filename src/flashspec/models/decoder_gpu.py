@@ -89,8 +89,9 @@ class FewTokens:
         shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
         token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
-        for index, weight in enumerate((self._qkv_weight(), *self._behind[0])):
-            choose(values_of(weight), index == 2, lambda: self._rehearse(token, cache))
+        output, gate_up, down = map(values_of, self._behind[0])
+        products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
+        choose(products, lambda: self._rehearse(token, cache))
         self._score.tune()
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,18 +165,19 @@ def test_states_are_recorded_side_by_side_in_one_launch(rows: int, monkeypatch: 
 
 def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    measured, multiplied = list[tuple[int, bool]](), list[int]()
+    measured, multiplied = set[tuple[int, bool]](), list[int]()
 
     def launch(x: Tensor, weight: Tensor, *rest: object, **options: Any) -> None:
         multiplied.append(weight.data_ptr())
         launch_kernel(x, weight, *rest, **options)
 
-    def choose(weight: Tensor, gated: bool, run: Callable[[], object]) -> None:
-        if (weight.data_ptr(), gated) not in measured:
-            measured.append((weight.data_ptr(), gated))
+    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -> None:
+        found = {(weight.data_ptr(), gated) for weight, gated in products}
+        if not found <= measured:
+            measured.update(found)
             multiplied.clear()
             run()
-            assert weight.data_ptr() in multiplied
+            assert {place for place, _ in found} <= set(multiplied)
 
     launch_kernel = linear._launch
     monkeypatch.setattr(linear, "_launch", launch)
@@ -193,7 +194,7 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
         few_tokens.tune()
         layer = weights.layers[0]
         used = [layer.qkv, layer.output, layer.gate_up, layer.down, weights.lm_head, *others]
-        assert sorted(measured) == sorted((weight.data_ptr(), weight is layer.gate_up) for weight in used)
+        assert measured == {(weight.data_ptr(), weight is layer.gate_up) for weight in used}
 
 
 TARGET = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=96)
