@@ -12,7 +12,8 @@ the call. Nothing is read back, and every launch can be captured in a CUDA graph
   project(x, weight, bias | None, squares | None, eps, dtype) -> (M, out)
   project_gated(x, weight (2I, in), squares, eps) -> silu(gate) * up, (M, I)
   project_add(x, weight, bias | None, hidden, norm) -> new hidden, new hidden * norm, its squares
-  round_to_bytes(x (M, K)) -> high and low bytes (M, 2, K) int8, scales (M,): x in steps of its largest entry / 32512
+  round_to_bytes(x (M, K), columns (K,)) -> high and low bytes (M, 2, K) int8, scales (M,): x * columns in steps of its
+      largest entry / 32512
   attend(qkv (M, (H + 2K) D), waves | None, positions (B, Q), keys, values (B, K, capacity, D), qk_norm ((H + K, D) |
          None), eps, window | None, scale = D ** -0.5, softcap | None, sinks (H,) | None, asked = Q) -> (B * asked, H D)
       of every row's last queries; writes the new keys and values of all at their positions. A query sees the last
@@ -45,18 +46,28 @@ available = usable
 
 
 class InBytes(NamedTuple):
-    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32, one a row. A product's inputs are
-    rounded to sixteen bits, its sums are exact."""
+    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32 and columns (K,) bfloat16.
+
+    A product's inputs are multiplied by `columns` and rounded to sixteen bits; its sums are exact."""
 
     values: Tensor
     scales: Tensor
+    columns: Tensor
 
     @classmethod
     def of(cls, weight: Tensor) -> InBytes:
-        """The largest entry of a row is 127 steps from 0."""
-        scales = weight.float().abs().amax(1) / 127  # of faults NaN or infinite
-        steps = (weight.float() / scales[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
-        return cls(steps.to(torch.int8), scales)
+        """Columns are brought to one size first, or where inputs are large, and weights therefore small, little would
+        be left of these. The largest entry of a row is 127 steps from 0."""
+        columns = weight.float().square().mean(0).sqrt().bfloat16()
+        columns = torch.where(columns > 0, columns, 1.0)
+        even = weight / columns.float()
+        scales = even.abs().amax(1) / 127  # of faults NaN or infinite
+        steps = (even / scales[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
+        return cls(steps.to(torch.int8), scales, columns)
+
+    def whole(self) -> Tensor:
+        """(N, K) float32: what it stands for."""
+        return self.values * self.scales[:, None] * self.columns
 
 
 Weight = Tensor | InBytes

@@ -143,7 +143,7 @@ def _gate_kernel(gate_up_ptr, out_ptr, I, BLOCK: tl.constexpr, OVERLAP: tl.const
 
 
 @triton.jit
-def _round_kernel(x_ptr, bytes_ptr, scales_ptr, K, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+def _round_kernel(x_ptr, columns_ptr, bytes_ptr, scales_ptr, K, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     if OVERLAP:
         gdc_wait()
@@ -151,6 +151,7 @@ def _round_kernel(x_ptr, bytes_ptr, scales_ptr, K, WIDTH: tl.constexpr, OVERLAP:
     column = tl.arange(0, WIDTH)
     mask = column < K
     x = tl.load(x_ptr + token * K + column, mask=mask, other=0.0).to(tl.float32)
+    x *= tl.load(columns_ptr + column, mask=mask, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(x)), 1e-30)
     steps = tl.floor(x * (32512 / largest) + 0.5).to(tl.int32)
     high = (steps + 128) >> 8
@@ -160,13 +161,13 @@ def _round_kernel(x_ptr, bytes_ptr, scales_ptr, K, WIDTH: tl.constexpr, OVERLAP:
     tl.store(scales_ptr + token, largest / 32512 + faults)
 
 
-def round_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+def round_to_bytes(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     tokens, width = x.shape
     found = torch.empty(tokens, 2, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _round_kernel[(tokens,)](
-            x, found, scales, width, WIDTH=triton.next_power_of_2(width), num_warps=16, **overlapped(x.device)
+            x, columns, found, scales, width, WIDTH=triton.next_power_of_2(width), num_warps=16, **overlapped(x.device)
         )
     return found, scales
 

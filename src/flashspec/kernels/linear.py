@@ -268,7 +268,7 @@ def _launch(
     N = out.shape[1]
     values, scales, token_scales, sides = values_of(weight), None, None, 1
     if isinstance(weight, InBytes):
-        x, token_scales = elementwise.round_to_bytes(x)
+        x, token_scales = elementwise.round_to_bytes(x, weight.columns)
         scales, sides = weight.scales, 2
     tiling = tiling_of(values, gated)
     tokens = max(triton.next_power_of_2(M), LEAST_COLUMNS // sides)

@@ -14,13 +14,13 @@ from flashspec.kernels.decoding import InBytes, Weight
 def _product(x: Tensor, weight: Weight) -> Tensor:
     if not isinstance(weight, InBytes):
         return F.linear(x, weight).float()
-    found, scales = round_to_bytes(x)
+    found, scales = round_to_bytes(x, weight.columns)
     sums = F.linear(found.double(), weight.values.double())  # (M, 2, N), exact
     return ((256 * sums[:, 0] + sums[:, 1]) * weight.scales * scales[:, None]).float()
 
 
-def round_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.float()
+def round_to_bytes(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float() * columns.float()
     largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
     steps = (x * (32512 / largest) + 0.5).floor().nan_to_num(0.0).int()
     high = (steps + 128) >> 8

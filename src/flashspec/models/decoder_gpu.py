@@ -20,7 +20,7 @@ from flashspec.models.base import Features, KVCache
 if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
-ROUNDED = 16 << 20  # bytes
+ROUNDED = 32 << 20  # bytes
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
 
 
