@@ -62,18 +62,24 @@ class Survival:
 
 @dataclass(slots=True)
 class Cost:
-    """Seconds of an arm's steps: a faded mean in which a single slow step counts at most four times the mean."""
+    """Seconds of an arm's steps: a faded mean, with the guess as one step that never fades. A slow step counts at most
+    twice the mean, and what is known is forgotten while the arm is not played: a slow first step must not stand."""
 
-    total: float
-    weight: float = 1.0
+    guess: float
+    total: float = 0.0
+    weight: float = 0.0
 
     @property
     def mean(self) -> float:
-        return self.total / self.weight
+        return (self.guess + self.total) / (1 + self.weight)
 
-    def record(self, seconds: float, fade: float) -> None:
-        self.total = self.total * fade + max(min(seconds, 4 * self.mean), LEAST_SECONDS)
-        self.weight = self.weight * fade + 1
+    def fade(self, factor: float) -> None:
+        self.total *= factor
+        self.weight *= factor
+
+    def record(self, seconds: float) -> None:
+        self.total += max(min(seconds, 2 * self.mean), LEAST_SECONDS)
+        self.weight += 1
 
 
 class AutoSelector(DraftSelector):
@@ -159,8 +165,10 @@ class AutoSelector(DraftSelector):
         if length:
             for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
                 self._survival[drafter].record(length, row_accepted)
+        for cost in self._costs:
+            cost.fade(fade if cost is self._costs[arm] else IDLE_FADE)
         if seconds is not None:
-            self._costs[arm].record(seconds, fade)
+            self._costs[arm].record(seconds)
         self._estimate()
 
     def _reset(self) -> None:
@@ -180,7 +188,7 @@ class AutoSelector(DraftSelector):
         return super()._state() | {
             "random": self._random.getstate(),
             "survival": {drafter: asdict(survival) for drafter, survival in self._survival.items()},
-            "costs": [asdict(cost) for cost in self._costs],
+            "costs": [{"total": cost.total, "weight": cost.weight} for cost in self._costs],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -191,10 +199,8 @@ class AutoSelector(DraftSelector):
             drafter: Survival.restored(state["survival"][drafter], max(lengths))
             for drafter, lengths in self._lengths.items()
         }
-        self._costs = [
-            Cost(real_number("total", cost["total"], LEAST_SECONDS), real_number("weight", cost["weight"], 1.0))
-            for cost in state["costs"]
-        ]
-        if len(self._costs) != self._n_arms:
-            raise ValueError(f"costs describe {len(self._costs)} arms, n_arms is {self._n_arms}")
+        if len(state["costs"]) != self._n_arms:
+            raise ValueError(f"costs describe {len(state['costs'])} arms, n_arms is {self._n_arms}")
+        for cost, stored in zip(self._costs, state["costs"], strict=True):
+            cost.total, cost.weight = (real_number(name, stored[name], 0.0) for name in ("total", "weight"))
         self._estimate()

@@ -45,6 +45,7 @@ class _Flight:
     active: list[bool]
     gave_way: list[int]  # the arms that were to be played and found nothing to propose
     lost: float  # the seconds that these took
+    usual: bool  # whether its time says what such a step takes
 
 
 class DrafterFailed(Exception):
@@ -148,7 +149,7 @@ class Run:
     def _launch(self, arm_index: int | None, arm: Arm) -> _Flight:
         state = self.state
         state.prepare()
-        started = self.clock()  # a prefill is no arm's doing
+        started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing
         gave_way, lost = list[int](), 0.0
         while True:
             try:
@@ -169,7 +170,8 @@ class Run:
             counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
         letter, active = outcome.post(), list(state.active)
-        return _Flight(arm_index, arm, outcome.width, counted, letter, started, active, gave_way, lost)
+        usual = state.long_reads == reads
+        return _Flight(arm_index, arm, outcome.width, counted, letter, started, active, gave_way, lost, usual)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -256,7 +258,8 @@ class Run:
         if flight.arm.length or flight.gave_way:
             pairs = [(row.drafted, row.accepted) for row in record.rows]
         for index in flight.gave_way:  # what came of trying it first
-            self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=record.seconds)
+            seconds = record.seconds if flight.usual else None
+            self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=seconds)
         if flight.arm_index is not None:
-            seconds = max(record.seconds - flight.lost, 0.0)
+            seconds = max(record.seconds - flight.lost, 0.0) if flight.usual else None
             self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=seconds)

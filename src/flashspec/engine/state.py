@@ -19,6 +19,7 @@ from flashspec.sampling.sampler import Sampler
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
 READERS = 16  # the most models that read a text, the target included
 CHUNK = 16  # tokens of a captured catching up
+LONG_READ = 2 * CHUNK  # tokens; a drafter that was away reads more, once
 
 
 @dataclass(slots=True)
@@ -29,7 +30,8 @@ class DecodeState:
     stop_ids: (B, K) int64, padded with -1. cached: (READERS, B) int64, what each reader holds. num_logprobs: None, or
     how many top tokens to report. readers: the caches, the target's first. The rest is the host's view: bound >= every
     length, texts the committed tokens, active the rows still being written. `allocate` makes the tensors, `admit`
-    begins a batch in them, so that they may outlive it. capture: runs work on the device, by name; where it is set the
+    begins a batch in them, so that they may outlive it. long_reads: how often a model caught up with more of the text
+    than steps leave unread. capture: runs work on the device, by name; where it is set the
     work is a CUDA graph from its second time on.
     """
 
@@ -48,6 +50,7 @@ class DecodeState:
     active: list[bool] = field(default_factory=list)
     token_cost: float = 0.1
     rival: float = 1.0
+    long_reads: int = 0
     memory: PrefixCache | None = None
     readers: list[Reader] = field(default_factory=list)
     capture: Callable[[str, Callable[[], None]], None] | None = None
@@ -153,6 +156,7 @@ class DecodeState:
 
     def catch_up(self, reader: Reader) -> None:
         """Have a model read what it has not seen of the text."""
+        self.long_reads += reader.stale > LONG_READ
         if self.capture is None or reader.stale > 8 * CHUNK:
             reader.catch_up(self.tokens, self.lengths, self.bound)
             return
