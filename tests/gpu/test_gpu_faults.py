@@ -74,20 +74,15 @@ def test_where_memory_runs_out_the_other_workspaces_make_room() -> None:
 def test_graphs_that_become_garbage_spoil_no_capture() -> None:
     def count() -> None:
         counter.add_(1)
-        assert len([[each] for each in range(100)]) == 100  # enough to start a collection, were there any
+        if gc.isenabled():
+            gc.collect()  # as any allocation may
 
     counter = torch.zeros(1, device=CUDA)
     count()
     dead: list[object] = [CudaGraphs(CUDA)(count)]
     dead.append(dead)
-    gc.collect()
     del dead
-    threshold = gc.get_threshold()
-    gc.set_threshold(1)
-    try:
-        repeat = CudaGraphs(CUDA)(count)
-    finally:
-        gc.set_threshold(*threshold)
+    repeat = CudaGraphs(CUDA)(count)
     repeat()
     assert counter.item() == 2
 

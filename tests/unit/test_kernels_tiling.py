@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,41 @@ def test_cuts_are_measured_among_each_others() -> None:
 
     tiling.choose([A, B], run)
     assert cuts(A, B) == [first, second]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_what_failed_half_way_is_measured_anew() -> None:
+    def run() -> float:
+        if cuts(B) == [tiling.CANDIDATES[4]]:
+            raise torch.OutOfMemoryError
+        return 1.0
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tiling.choose([A, B], run)
+    assert not tiling._chosen and not tiling._stored()
+    tiling.choose([A, B], lambda: 1.0 if cuts(B) == [tiling.CANDIDATES[5]] else 2.0)
+    assert cuts(B) == [tiling.CANDIDATES[5]]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_nobody_sees_a_cut_that_is_being_tried() -> None:
+    seen: list[tiling.Tiling] = []
+
+    def another_engine() -> None:
+        tiling.choose([A], never)
+        seen.extend(cuts(A))
+
+    thread = threading.Thread(target=another_engine)
+
+    def run() -> float:
+        if cuts(A) == [tiling.CANDIDATES[2]] and not thread.ident:
+            thread.start()
+            thread.join(0.05)
+        return 1.0 if cuts(A) == [tiling.CANDIDATES[5]] else 2.0
+
+    tiling.choose([A], run)
+    thread.join()
+    assert seen == [tiling.CANDIDATES[5]]
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -166,7 +166,7 @@ class AutoSelector(DraftSelector):
             for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
                 self._survival[drafter].record(length, row_accepted)
         for cost in self._costs:
-            cost.fade(fade if cost is self._costs[arm] else IDLE_FADE)
+            cost.fade(fade if cost is self._costs[arm] and seconds is not None else IDLE_FADE)
         if seconds is not None:
             self._costs[arm].record(seconds)
         self._estimate()

@@ -1,6 +1,6 @@
 """An EAGLE-3 head for few tokens on a GPU: ten launches a draft token, all of which a CUDA graph may hold.
 
-Its large weights are read in eight bits, a scale a row, as they are on a CPU."""
+Its large weights are read in eight bits, as they are on a CPU: a launch more for each, which rounds its inputs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class FewTokensHead(FewTokens):
         self._qkv = Product(layer.qkv, dtype, layer.qkv_bias, rounded=True)
 
     def tune(self) -> None:
-        super().tune()
         self.fuse.tune()
+        super().tune()
 
     def _qkv_weight(self) -> Weight:
         return self._qkv.few

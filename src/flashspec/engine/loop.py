@@ -149,7 +149,8 @@ class Run:
     def _launch(self, arm_index: int | None, arm: Arm) -> _Flight:
         state = self.state
         state.prepare()
-        started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing
+        started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing, but what follows waits for it
+        usual = not self.lag or bool(self.flights or self._landed)
         gave_way, lost = list[int](), 0.0
         while True:
             try:
@@ -170,7 +171,10 @@ class Run:
             counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
         letter, active = outcome.post(), list(state.active)
-        usual = state.long_reads == reads
+        if state.long_reads > reads:
+            usual = False
+            for flight in self.flights:  # which the host lands late
+                flight.usual = False
         return _Flight(arm_index, arm, outcome.width, counted, letter, started, active, gave_way, lost, usual)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:

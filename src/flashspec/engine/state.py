@@ -19,7 +19,7 @@ from flashspec.sampling.sampler import Sampler
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
 READERS = 16  # the most models that read a text, the target included
 CHUNK = 16  # tokens of a captured catching up
-LONG_READ = 2 * CHUNK  # tokens; a drafter that was away reads more, once
+LONG_READ = 2 * CHUNK  # tokens: a prompt, or what was written while a drafter was away
 
 
 @dataclass(slots=True)
@@ -31,8 +31,8 @@ class DecodeState:
     how many top tokens to report. readers: the caches, the target's first. The rest is the host's view: bound >= every
     length, texts the committed tokens, active the rows still being written. `allocate` makes the tensors, `admit`
     begins a batch in them, so that they may outlive it. long_reads: how often a model caught up with more of the text
-    than steps leave unread. capture: runs work on the device, by name; where it is set the
-    work is a CUDA graph from its second time on.
+    than a step leaves unread. capture: runs work on the device, by name; where it is set the work is a CUDA graph from
+    its second time on.
     """
 
     tokens: Tensor

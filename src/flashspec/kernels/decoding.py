@@ -58,12 +58,15 @@ class InBytes(NamedTuple):
     def of(cls, weight: Tensor) -> InBytes:
         """Columns are brought to one size first, or where inputs are large, and weights therefore small, little would
         be left of these. The largest entry of a row is 127 steps from 0."""
-        columns = weight.float().square().mean(0).sqrt().bfloat16()
+        columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).div(len(weight) ** 0.5).bfloat16()
         columns = torch.where(columns > 0, columns, 1.0)
-        even = weight / columns.float()
-        scales = even.abs().amax(1) / 127  # of faults NaN or infinite
-        steps = (even / scales[:, None]).nan_to_num(0.0).round().clamp(-127, 127)
-        return cls(steps.to(torch.int8), scales, columns)
+        values, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+        for start in range(0, len(weight), 4096):  # an LM head in float32 may not fit
+            rows = slice(start, start + 4096)
+            even = weight[rows] / columns.float()
+            scales[rows] = even.abs().amax(1) / 127  # of faults NaN or infinite
+            values[rows] = even.div_(scales[rows, None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
+        return cls(values, scales, columns)
 
     def whole(self) -> Tensor:
         """(N, K) float32: what it stands for."""

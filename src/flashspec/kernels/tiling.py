@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
 )
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
+_choosing = threading.RLock()  # a cut that is being tried is nobody else's
 
 
 def tiling_of(weight: Tensor, gated: bool = False) -> Tiling:
@@ -67,16 +69,22 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
 
 def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -> None:
     """Remember with which cuts of products, each a weight and whether it is gated, `run` is fastest. It multiplies by
-    weights of their shapes, more than stay in L2, among what surrounds them in use: how long neighbours wait depends on
-    the cut too, by up to 16 % of an 8B step. Each is measured twice, as the best cut depends on the others'."""
-    if not _chosen:
-        _chosen.update(_stored())
-    names = {_name(weight, gated): weight.dtype for weight, gated in products if weight.dtype != torch.float32}
-    unknown = [(name, dtype) for name, dtype in names.items() if name not in _chosen]
-    for name, dtype in unknown * 2:
-        _chosen[name] = _fastest(name, OF_BYTES if dtype == torch.int8 else CANDIDATES, run)
-    if unknown:
-        _store()
+    weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
+    16 % of an 8B step. Each is measured twice, as the best cut depends on the others'."""
+    with _choosing:
+        if not _chosen:
+            _chosen.update(_stored())
+        names = {_name(weight, gated): weight.dtype for weight, gated in products if weight.dtype != torch.float32}
+        unknown = [(name, dtype) for name, dtype in names.items() if name not in _chosen]
+        try:
+            for name, dtype in unknown * 2:
+                _chosen[name] = _fastest(name, OF_BYTES if dtype == torch.int8 else CANDIDATES, run)
+        except BaseException:
+            for name, _ in unknown:
+                _chosen.pop(name, None)
+            raise
+        if unknown:
+            _store()
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:

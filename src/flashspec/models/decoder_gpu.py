@@ -91,8 +91,12 @@ class FewTokens:
         token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
-        choose(products, lambda: self._rehearse(token, cache))
-        self._score.tune()
+        try:
+            choose(products, lambda: self._rehearse(token, cache))
+            self._score.tune()
+        except BaseException:
+            self._tuned = False
+            raise
 
     def forward(
         self,
@@ -122,7 +126,7 @@ class FewTokens:
         return self._weights.layers[0].qkv
 
     def _rehearse(self, token: Tensor, cache: KVCache) -> None:
-        """token: (1, 1) zeros, which is its position too."""
+        """Through as many layers as do not stay in L2. token: (1, 1) zeros, which is its position too."""
         layers = self._weights.layers
         first = layers[0]
         n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes

@@ -31,6 +31,15 @@ def test_reading_a_prompt_is_no_step_s_time(lag: int) -> None:
     assert {arm for arm, _ in others} == {0, 1} and all(seconds is not None for _, seconds in others)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_nor_is_it_that_of_the_step_before(lag: int) -> None:
+    """Which the host hears of late; a run's first step waits for the prefill."""
+    selector, arms = Listening(3), ["plain", "early-exit:2", "model:2"]
+    list(open_run(TARGET, [[1] * 80], arms, every_drafter(TARGET), 20, selector=selector, lag=lag))
+    heard = [seconds is not None for _, seconds in selector.heard]
+    assert heard[:3] == ([True, True, False] if lag == 0 else [False] * 3) and all(heard[3:])
+
+
 def test_reading_a_few_tokens_is() -> None:
     selector = Listening(1)
     list(open_run(TARGET, [[1] * 8], ["model:2"], every_drafter(TARGET), 12, selector=selector))
