@@ -46,7 +46,7 @@ available = usable
 
 
 class InBytes(NamedTuple):
-    """A weight (N, K) in eight bits: values (N, K) int8 times scales (N,) float32 and columns (K,) bfloat16.
+    """A weight (N, K) in eight bits: values (N, K) int8, times scales (N,) float32, times columns (K,) bfloat16.
 
     A product's inputs are multiplied by `columns` and rounded to sixteen bits; its sums are exact."""
 
@@ -67,10 +67,6 @@ class InBytes(NamedTuple):
             scales[rows] = even.abs().amax(1) / 127  # of faults NaN or infinite
             values[rows] = even.div_(scales[rows, None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
         return cls(values, scales, columns)
-
-    def whole(self) -> Tensor:
-        """(N, K) float32: what it stands for."""
-        return self.values * self.scales[:, None] * self.columns
 
 
 Weight = Tensor | InBytes

@@ -250,6 +250,14 @@ def tune(weights: Sequence[Weight], gated: bool) -> None:
     choose([(first, gated)], run)
 
 
+def _operands(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Inputs and weights as the matrix units take them, and of bytes the scales of rows and of tokens."""
+    if not isinstance(weight, InBytes):
+        return x, weight, None, None
+    found, token_scales = elementwise.round_to_bytes(x, weight.columns)
+    return found, weight.values, weight.scales, token_scales
+
+
 def _launch(
     x: Tensor,
     weight: Weight,
@@ -266,10 +274,8 @@ def _launch(
 ) -> None:
     M, K = x.shape
     N = out.shape[1]
-    values, scales, token_scales, sides = values_of(weight), None, None, 1
-    if isinstance(weight, InBytes):
-        x, token_scales = elementwise.round_to_bytes(x, weight.columns)
-        scales, sides = weight.scales, 2
+    x, values, scales, token_scales = _operands(x, weight)
+    sides = 1 if scales is None else 2
     tiling = tiling_of(values, gated)
     tokens = max(triton.next_power_of_2(M), LEAST_COLUMNS // sides)
     strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
