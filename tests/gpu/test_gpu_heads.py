@@ -103,9 +103,7 @@ def test_graphs_accept_what_eager_steps_accept(
     captured, eager = (engine_of(target, folders, MIXED, eager, **options) for eager in (False, True))
     captured.generate(prompts, 60)
     for engine in (captured, eager):
-        engine.selector = TakingTurns(len(MIXED))
-        engine._by_rows.clear()
-        engine._by_rows.default_factory = lambda: TakingTurns(len(MIXED))
+        engine.selector_for = lambda rows, costs: TakingTurns(len(MIXED))
     found, expected = captured.generate(prompts, 60), eager.generate(prompts, 60)
     assert rows(found) == rows(expected)
     assert [step.rows for step in found.steps] == [step.rows for step in expected.steps]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import accumulate
 from math import sqrt
 from random import Random
 from typing import Any
 
-from flashspec.bandit.base import DraftSelector, Rows
+import numpy as np
+from numpy.typing import NDArray
+
+from flashspec.bandit.base import DraftSelector, Feedback
 from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
@@ -16,48 +20,102 @@ MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text c
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
+FloatArray = NDArray[np.float64]
 
-@dataclass(slots=True)
+
 class Survival:
-    """How far one drafter's drafts get: kept[k] of tried[k] drafts of more than k tokens had more than k accepted.
+    """How far drafts get: of tried[k] drafts of more than k tokens, kept[k] had more than k accepted, a drafter each.
 
-    Both are as long as its longest draft. A draft of 8 counts for every shorter length too, so all arms of a drafter
-    learn from each of its steps.
+    A draft of 8 counts for every shorter length too, so all arms of a drafter learn from each of its steps. The rows of
+    a batch are counted apart: they differ, and a batch takes as long as those that it has to wait for.
+
+    moments: of each arm, the accepted tokens that are expected, and how far off that may be; worked out with every step
+    and not in `_choose`, whose 50 us it would take.
     """
 
-    tried: list[float]
-    kept: list[float]
+    def __init__(self, arms: Sequence[tuple[str, int]], fade: float) -> None:
+        """fade: of a drafter's evidence in a step of its own."""
+        self._arms = arms
+        self._fade = fade
+        longest = {drafter: max(n for d, n in arms if d == drafter) for drafter, length in arms if length}
+        ends = dict(zip(longest, accumulate(longest.values()), strict=True))
+        self._columns = {drafter: slice(ends[drafter] - length, ends[drafter]) for drafter, length in longest.items()}
+        self._factors: dict[int, FloatArray] = {}
+        self._start(np.zeros((2, sum(longest.values()))), 1)
 
-    @classmethod
-    def restored(cls, state: dict[str, Any], longest: int) -> Survival:
-        """ValueError where the counts contradict each other."""
-        tried, kept = ([real_number(name, count, 0.0) for count in state[name]] for name in ("tried", "kept"))
-        if not len(tried) == len(kept) == longest or any(k > t for t, k in zip(tried, kept, strict=True)):
-            raise ValueError(f"kept {kept} of {tried} tried drafts contradicts {longest} draft tokens")
-        return cls(tried, kept)
+    def _start(self, totals: FloatArray, rows: int) -> None:
+        """totals: tried and kept, (2, columns), of earlier batches."""
+        self._counts = np.zeros((2, 1 + rows, totals.shape[1]))  # of earlier batches, and of each row
+        self._counts[:, 0] = totals
+        self._weights = np.ones(1 + rows)  # 1 of earlier batches, 1 or 0 of each row
+        self._estimate()
 
-    def record(self, length: int, accepted: int) -> None:
-        for k in range(length):
-            self.tried[k] += 1
-            self.kept[k] += accepted > k
+    @property
+    def drafters(self) -> Collection[str]:
+        return self._columns.keys()
 
-    def fade(self, factor: float, length: int) -> None:
-        """By the factor as deep as a draft of `length` went, further down by as little as if others had been played."""
-        factors = [factor if k < length else IDLE_FADE for k in range(len(self.tried))]
-        self.tried = [count * by for count, by in zip(self.tried, factors, strict=True)]
-        self.kept = [count * by for count, by in zip(self.kept, factors, strict=True)]
+    def begin(self, rows: int) -> None:
+        """What earlier batches said weighs as much as MEMORY rows at the most."""
+        totals = self._weights.dot(self._counts)
+        self._start(totals * np.minimum(1.0, MEMORY / np.maximum(totals[0], 1.0)), rows)
 
-    def moments(self, lengths: Collection[int]) -> dict[int, tuple[float, float]]:
-        """For each draft length: the expected number of accepted tokens, and the variance of that expectation."""
-        results = {}
-        chance, mean, square = 1.0, 0.0, 0.0
-        for length, (tried, kept) in enumerate(zip(self.tried, self.kept, strict=True), 1):
-            chance = min(chance, (kept + PRIOR_STEP * chance) / (tried + 1))
-            mean += chance
-            square += (2 * length - 1) * chance
-            if length in lengths:
-                results[length] = mean, max(square - mean * mean, 0.1) / (tried + 1)
-        return results
+    def learn(self, step: Feedback) -> None:
+        drafter, length = self._arms[step.arm]
+        self._counts *= self._faded(step.arm)
+        if length:
+            rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
+            if len(rows) != len(self._weights) - 1:
+                self.begin(len(rows))
+            if step.critical is not None:
+                self._weights[1:] = step.critical
+            accepted = np.array([accepted for _, accepted in rows])
+            first = self._columns[drafter].start
+            played = self._counts[:, 1:, first : first + length]
+            played[0] += 1
+            played[1] += accepted[:, None] > np.arange(length)
+        self._estimate()
+
+    def _faded(self, arm: int) -> FloatArray:
+        """As deep as its draft went; further down, and of other drafters, as little as where nothing is played."""
+        if arm not in self._factors:
+            drafter, length = self._arms[arm]
+            self._factors[arm] = np.full(self._counts.shape[2], IDLE_FADE)
+            if length:
+                first = self._columns[drafter].start
+                self._factors[arm][first : first + length] = self._fade
+        return self._factors[arm]
+
+    def _estimate(self) -> None:
+        tried, kept = self._weights.dot(self._counts).tolist()
+        found = {drafter: _moments(tried[place], kept[place]) for drafter, place in self._columns.items()}
+        self.moments = [found[drafter][length - 1] if length else (0.0, 0.0) for drafter, length in self._arms]
+
+    def state(self) -> dict[str, dict[str, list[float]]]:
+        """As JSON values; the rows are told apart no more."""
+        tried, kept = self._weights.dot(self._counts).tolist()
+        return {drafter: {"tried": tried[place], "kept": kept[place]} for drafter, place in self._columns.items()}
+
+    def restore(self, state: dict[str, dict[str, Any]]) -> None:
+        """ValueError, TypeError or LookupError where the counts contradict each other."""
+        totals = np.zeros((2, self._counts.shape[2]))
+        for drafter, place in self._columns.items():
+            counts = [[real_number(name, n, 0.0) for n in state[drafter][name]] for name in ("tried", "kept")]
+            totals[:, place] = counts
+            if (totals[1] > totals[0]).any():
+                raise ValueError(f"{drafter} kept more than was tried: {counts}")
+        self._start(totals, 1)
+
+
+def _moments(tried: Sequence[float], kept: Sequence[float]) -> list[tuple[float, float]]:
+    """Of drafts of 1, 2, ... tokens."""
+    results = []
+    chance, mean, square = 1.0, 0.0, 0.0
+    for length, (n_tried, n_kept) in enumerate(zip(tried, kept, strict=True), 1):
+        chance = min(chance, (n_kept + PRIOR_STEP * chance) / (n_tried + 1))
+        mean += chance
+        square += (2 * length - 1) * chance
+        results.append((mean, sqrt(max(square - mean * mean, 0.1) / (n_tried + 1))))
+    return results
 
 
 @dataclass(slots=True)
@@ -89,7 +147,8 @@ class AutoSelector(DraftSelector):
     arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades, slowly
     while others are played, so that an arm that was bad long ago is tried again.
 
-    An arm that gives way is to hear what came of the step all the same: so its rate is that of trying it first.
+    An arm that gives way is to hear what came of the step all the same: so its rate is that of trying it first. What
+    the arm yields that stands in for it is known apart: where one drafter finds nothing, others find less than usual.
     """
 
     gives_way = True
@@ -110,30 +169,21 @@ class AutoSelector(DraftSelector):
         self._arms = [(str(drafter), whole_number("length", length)) for drafter, length in arms]
         self._guesses = [real_number("seconds", value, 0.0) for value in seconds]
         self._seed = seed
+        self._fade = 1 - 1 / min(MEMORY, window_size or MEMORY)
         self._start_over()
 
     def _start_over(self) -> None:
         self._random = Random(self._seed)
-        drafters = dict.fromkeys(drafter for drafter, length in self._arms if length)
-        self._lengths = {drafter: frozenset(n for d, n in self._arms if d == drafter and n) for drafter in drafters}
-        longest = {drafter: max(lengths) for drafter, lengths in self._lengths.items()}
-        self._survival = {drafter: Survival([0.0] * n, [0.0] * n) for drafter, n in longest.items()}
+        self._first, self._standing_in = Survival(self._arms, self._fade), Survival(self._arms, self._fade)
         self._costs = [Cost(max(guess, LEAST_SECONDS)) for guess in self._guesses]
-        self._estimate()
-
-    def _estimate(self) -> None:
-        """Accepted tokens of each arm, mean and deviation; here and not in `_choose`, whose 50 us they would take."""
-        moments = {drafter: self._survival[drafter].moments(n) for drafter, n in self._lengths.items()}
-        pairs = [moments[drafter][length] if length else (0.0, 0.0) for drafter, length in self._arms]
-        self._accepted = [(mean, sqrt(variance)) for mean, variance in pairs]
 
     def expected_rates(self) -> list[float]:
-        """Each arm's estimated tokens per second, exploration aside."""
+        """Each arm's estimated tokens per second as the first choice of a step, exploration aside."""
         with self._lock:
-            return self._rates()
+            return self._rates(self._first)
 
-    def _rates(self) -> list[float]:
-        return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._accepted, self._costs, strict=True)]
+    def _rates(self, known: Survival) -> list[float]:
+        return [(1 + mean) / cost.mean for (mean, _), cost in zip(known.moments, self._costs, strict=True)]
 
     def rival(self, arm: int) -> float:
         with self._lock:
@@ -141,35 +191,36 @@ class AutoSelector(DraftSelector):
             plain = min(cost.mean for cost in self._costs)
             others = [
                 rate * plain
-                for other, rate in enumerate(self._rates())
+                for other, rate in enumerate(self._rates(self._standing_in))
                 if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
             ]
             return max([1.0, *others])
 
     def _choose(self, arms: Sequence[int]) -> int:
-        luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._lengths}  # its lengths share their evidence
+        luck = {
+            drafter: self._random.gauss(0.0, 1.0) for drafter in self._first.drafters
+        }  # its lengths share their evidence
+        moments = (self._first if len(arms) == len(self._enabled) else self._standing_in).moments
 
         def sampled_rate(arm: int) -> float:
             drafter, length = self._arms[arm]
-            mean, deviation = self._accepted[arm]
+            mean, deviation = moments[arm]
             accepted = mean + luck.get(drafter, 0.0) * deviation
             return (1 + min(length, max(0.0, accepted))) / self._costs[arm].mean
 
         return max(arms, key=sampled_rate)
 
-    def _learn(self, arm: int, accepted: int, drafted: int, rows: Rows | None, seconds: float | None) -> None:
-        fade = 1 - 1 / min(MEMORY, self._window_size or MEMORY)
-        drafter, length = self._arms[arm]
-        for other, survival in self._survival.items():
-            survival.fade(fade, length if other == drafter else 0)
-        if length:
-            for _, row_accepted in rows if rows is not None else ((drafted, accepted),):
-                self._survival[drafter].record(length, row_accepted)
+    def _begin(self, rows: int) -> None:
+        for known in (self._first, self._standing_in):
+            known.begin(rows)
+
+    def _learn(self, step: Feedback) -> None:
+        (self._standing_in if step.stood_in else self._first).learn(step)
+        played = self._costs[step.arm]
         for cost in self._costs:
-            cost.fade(fade if cost is self._costs[arm] and seconds is not None else IDLE_FADE)
-        if seconds is not None:
-            self._costs[arm].record(seconds)
-        self._estimate()
+            cost.fade(self._fade if cost is played and step.seconds is not None else IDLE_FADE)
+        if step.seconds is not None:
+            played.record(step.seconds)
 
     def _reset(self) -> None:
         super()._reset()
@@ -187,7 +238,7 @@ class AutoSelector(DraftSelector):
     def _state(self) -> dict[str, Any]:
         return super()._state() | {
             "random": self._random.getstate(),
-            "survival": {drafter: asdict(survival) for drafter, survival in self._survival.items()},
+            "survival": [self._first.state(), self._standing_in.state()],
             "costs": [{"total": cost.total, "weight": cost.weight} for cost in self._costs],
         }
 
@@ -195,12 +246,9 @@ class AutoSelector(DraftSelector):
         super()._restore(state)
         version, words, gauss = state["random"]
         self._random.setstate((version, tuple(words), gauss))
-        self._survival = {
-            drafter: Survival.restored(state["survival"][drafter], max(lengths))
-            for drafter, lengths in self._lengths.items()
-        }
+        for survival, stored in zip((self._first, self._standing_in), state["survival"], strict=True):
+            survival.restore(stored)
         if len(state["costs"]) != self._n_arms:
             raise ValueError(f"costs describe {len(state['costs'])} arms, n_arms is {self._n_arms}")
         for cost, stored in zip(self._costs, state["costs"], strict=True):
             cost.total, cost.weight = (real_number(name, stored[name], 0.0) for name in ("total", "weight"))
-        self._estimate()

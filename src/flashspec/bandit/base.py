@@ -6,12 +6,27 @@ import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, ClassVar, Self
 
 from flashspec.bandit.estimates import ArmStats, real_number, whole_number
 
 Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What `DraftSelector.update` was told of a step, checked."""
+
+    arm: int
+    accepted: int
+    drafted: int
+    rows: Rows | None
+    critical: Sequence[bool] | None
+    seconds: float | None
+    stood_in: bool
+
 
 # Feedback is at most eight steps late in each of a few threads. A selection still unanswered after this many
 # more never will be (its request was cancelled), and no longer counts as a pull.
@@ -30,7 +45,7 @@ class DraftSelector(ABC):
       rates 0.7/0.5/0.3 swap ends after 1,000 rounds, Thompson sampling is back on the best arm after 11 rounds
       (median of 20 seeds, worst 47); without this it took 261 (worst 751).
 
-    A policy implements `_choose` and `_options`; it may extend `_learn`, `_reset`, `_state` and `_restore`,
+    A policy implements `_choose` and `_options`; it may extend `_begin`, `_learn`, `_reset`, `_state` and `_restore`,
     which run with the lock held. Every public method may be called from any thread.
     """
 
@@ -75,8 +90,15 @@ class DraftSelector(ABC):
         with self._lock:
             return tuple(self._enabled)
 
+    def begin(self, rows: int) -> None:
+        """A batch of so many rows begins: texts of which nothing is known. ValueError unless rows >= 1."""
+        rows = whole_number("rows", rows, 1)
+        with self._lock:
+            self._begin(rows)
+
     def select(self, asleep: Collection[int] = ()) -> int:
-        """The arm to play next; never a disabled one, nor one of `asleep`. ValueError if that leaves none."""
+        """The arm to play next; never a disabled one, nor one of `asleep`, which have no chance in this step: one of
+        them was chosen, and gave way. ValueError if that leaves none."""
         with self._lock:
             awake = [arm for arm in self._enabled if arm not in asleep] if asleep else self._enabled
             if not awake:
@@ -101,19 +123,24 @@ class DraftSelector(ABC):
         drafted: int | None = None,
         *,
         rows: Sequence[tuple[int, int]] | None = None,
+        critical: Sequence[bool] | None = None,
         seconds: float | None = None,
+        stood_in: bool = False,
     ) -> None:
         """Report one step of `arm`: `accepted` of `drafted` draft tokens, all rows together.
 
-        rows: (drafted, accepted) of every row, adding up to the totals. seconds: what the step took. Only
-        policies that know of costs use these two. ValueError, and nothing recorded, for an unknown arm, a
-        count that is a bool or a float, accepted outside [0, drafted], rows that do not add up, or seconds
-        that are negative or not finite.
+        rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which of them the
+        batch may have to wait for; None: all. seconds: what the step took. stood_in: whether another arm gave way
+        to this one. Only policies that know of costs use these. ValueError, and nothing recorded, for an unknown
+        arm, a count that is a bool or a float, accepted outside [0, drafted], rows that do not add up, a `critical`
+        that is not as long, or seconds that are negative or not finite.
         """
         arm = self._known(arm)
         accepted = whole_number("accepted", accepted)
         drafted = max(1, accepted) if drafted is None else whole_number("drafted", drafted)
         checked_rows = None if rows is None else _checked_rows(rows, accepted, drafted)
+        if critical is not None and (checked_rows is None or len(critical) != len(checked_rows)):
+            raise ValueError(f"critical should say of every row whether it is, got {critical!r}")
         if seconds is not None:
             seconds = real_number("seconds", seconds, 0.0)
         with self._lock:
@@ -122,7 +149,7 @@ class DraftSelector(ABC):
             self._settle(arm)
             if self._window_size:
                 self._move_window(arm)
-            self._learn(arm, accepted, drafted, checked_rows, seconds)
+            self._learn(Feedback(arm, accepted, drafted, checked_rows, critical, seconds, stood_in))
 
     def disable(self, arm: int) -> None:
         """Keep `arm` out of `select` until it is enabled; ValueError if no arm would be left."""
@@ -173,9 +200,10 @@ class DraftSelector(ABC):
     def _options(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON values."""
 
-    def _learn(  # noqa: B027  (the counts are enough for most policies)
-        self, arm: int, accepted: int, drafted: int, rows: Rows | None, seconds: float | None
-    ) -> None:
+    def _begin(self, rows: int) -> None:  # noqa: B027  (the counts are enough for most policies)
+        """Tell what comes from what was."""
+
+    def _learn(self, step: Feedback) -> None:  # noqa: B027
         """Use a step's checked facts, after the counts and the window have taken them in."""
 
     def _reset(self) -> None:

@@ -34,6 +34,14 @@ class CostTable:
         slope = sum((width - centre) * (self.seconds[width] - middle) for width in widths) / spread
         return max(slope / self.plain_seconds, 1e-3)
 
+    def at(self, width: int) -> float:
+        """Seconds of any width, by the slope."""
+        return self.plain_seconds * (1 + self.token_cost * (width - 1))
+
+    def for_rows(self, rows: int) -> CostTable:
+        """What so many rows would take where this is of one: as if they were one row of as many tokens."""
+        return CostTable({width: self.at(rows * width) for width in self.seconds})
+
 
 @torch.inference_mode()
 def measure_costs(

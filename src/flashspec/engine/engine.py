@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from flashspec.engine.arms import (
     make_drafter,
     unique_names,
 )
-from flashspec.engine.costs import measure_costs
+from flashspec.engine.costs import CostTable, measure_costs
 from flashspec.engine.generation import Conversation, Generation
 from flashspec.engine.graphs import CudaGraphs, WherePossible
 from flashspec.engine.prefix import PrefixCache
@@ -109,8 +108,8 @@ class SpeculativeEngine:
         capture = WherePossible(CudaGraphs(device)) if device.type == "cuda" else None
         self.costs = measure_costs(self.target, capture=capture)
         self.workspaces = None if capture is None else Workspaces(self.target, self.arms, self.drafters, capture)
-        self.selector = bandit if bandit is not None else self._make_selector()
-        self._by_rows: dict[int, DraftSelector] = defaultdict(self._make_selector if bandit is None else lambda: bandit)
+        self.selector = bandit if bandit is not None else self._make_selector(self.costs)
+        self._by_rows: dict[int, DraftSelector] | None = {} if bandit is None else None
         if self.selector.n_arms != len(self.arms):
             raise ValueError(f"bandit has {self.selector.n_arms} arms; the engine has {len(self.arms)}")
         settings = config.metrics
@@ -196,9 +195,15 @@ class SpeculativeEngine:
             with self.turn:
                 Generation(self, [[0]] * rows, 1, self._sampling(sampling), None).begin()
 
-    def selector_for(self, rows: int) -> DraftSelector:
-        """The one that learns from batches of about so many rows; `selector` is the one for a single row."""
-        return self.selector if rows == 1 else self._by_rows[power_of_two(rows)]
+    def selector_for(self, rows: int, costs: CostTable) -> DraftSelector:
+        """The one that learns from batches of about so many rows, whose steps take about as long as `costs` says;
+        `selector` is the one for a single row."""
+        if rows == 1 or self._by_rows is None:
+            return self.selector
+        size = power_of_two(rows)
+        if size not in self._by_rows:
+            self._by_rows[size] = self._make_selector(costs)
+        return self._by_rows[size]
 
     def conversation(self, system: str | None = None) -> Conversation:
         """A chat that keeps its messages and its caches."""
@@ -207,7 +212,7 @@ class SpeculativeEngine:
     def _sampling(self, given: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
         return self.config.sampling if given is None else SamplingConfig.model_validate(given)
 
-    def _make_selector(self) -> DraftSelector:
+    def _make_selector(self, costs: CostTable) -> DraftSelector:
         bandit = self.config.bandit
         return make_selector(
             bandit.strategy,
@@ -219,7 +224,7 @@ class SpeculativeEngine:
             true_rates=bandit.true_rates,
             seed=bandit.seed,
             arms=[(arm.drafter, arm.length) for arm in self.arms],
-            seconds=[self.costs.plain_seconds] * len(self.arms),
+            seconds=[costs.at(1 + arm.length) for arm in self.arms],
         )
 
 

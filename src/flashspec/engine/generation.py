@@ -121,7 +121,7 @@ class Generation:
         rows = len(self.prompts) if workspace is None else len(workspace.state.tokens)
         prompts = [*self.prompts, *[[0]] * (rows - len(self.prompts))]
         sampler = make_sampler(settings, prompts, stop_ids, model.vocab_size, self.seed, model.device)
-        costs = engine.costs if workspace is None else workspace.costs
+        costs = engine.costs.for_rows(len(self.prompts)) if workspace is None else workspace.costs
         batch = (settings.logprobs, costs.token_cost, self.memory)
         if workspaces is None or workspace is None:
             state = DecodeState.create(prompts, limits, stop_ids, model, sampler, *batch)
@@ -129,7 +129,7 @@ class Generation:
             admit = partial(workspace.admit, self.prompts, limits, stop_ids, sampler, *batch)
             state = workspaces.with_room(admit, keep=workspace)
         lag = int(model.device.type == "cuda")
-        selector = engine.selector_for(len(self.prompts))
+        selector = engine.selector_for(len(self.prompts), costs)
         return Run(state, engine.arms, selector, engine.drafters, lag, workspace=workspace)
 
     def _end(self, run: Run) -> None:

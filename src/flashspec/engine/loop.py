@@ -22,6 +22,8 @@ from flashspec.engine.step import verify
 from flashspec.engine.workspace import Workspace
 from flashspec.models.reader import Reader
 
+CRITICAL = 0.95  # of what the row that is furthest behind has still to write: such rows end last
+
 
 @dataclass(slots=True)
 class StepOutput:
@@ -36,15 +38,13 @@ class StepOutput:
 class _Flight:
     """A step whose outcome the host has not read yet."""
 
-    arm_index: int | None
     arm: Arm
     width: int  # the most tokens that a row may have grown by
     counted: set[Reader]  # whose `stale` holds the width
     letter: Letter
     started: float
     active: list[bool]
-    gave_way: list[int]  # the arms that were to be played and found nothing to propose
-    lost: float  # the seconds that these took
+    tried: list[tuple[int, float]]  # arms, and the seconds gone before: all but the last found nothing to propose
     usual: bool  # whether its time says what such a step takes
 
 
@@ -125,6 +125,7 @@ class Run:
         self._disabled: list[int] = []
         self.flights: deque[_Flight] = deque()
         self._landed = 0.0  # when the last flight did
+        selector.begin(len(state.texts))
         for drafter in drafters.values():
             state.record_features(drafter.feature_layers)
 
@@ -151,7 +152,7 @@ class Run:
         state.prepare()
         started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing, but what follows waits for it
         usual = not self.lag or bool(self.flights or self._landed)
-        gave_way, lost = list[int](), 0.0
+        tried, lost = list[tuple[int, float]](), 0.0
         while True:
             try:
                 outcome = self._attempt(arm_index, arm)
@@ -159,11 +160,11 @@ class Run:
                 self._quarantine(arm.drafter, str(failure))
                 arm_index, arm = None, PLAIN
                 continue
+            if arm_index is not None:
+                tried.append((arm_index, lost))
             if outcome is not None:
                 break
-            assert arm_index is not None
-            gave_way.append(arm_index)
-            arm_index = self._choose(self._asleep(gave_way))
+            arm_index = self._choose(self._asleep([index for index, _ in tried]))
             arm = PLAIN if arm_index is None else self.arms[arm_index]
             lost = self.clock() - started
         counted: set[Reader] = set()
@@ -175,7 +176,7 @@ class Run:
             usual = False
             for flight in self.flights:  # which the host lands late
                 flight.usual = False
-        return _Flight(arm_index, arm, outcome.width, counted, letter, started, active, gave_way, lost, usual)
+        return _Flight(arm, outcome.width, counted, letter, started, active, tried, usual)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -244,13 +245,13 @@ class Run:
         for row in rows:
             state.active[row] = news.finish[row] is FinishReason.RUNNING
         record = StepRecord(flight.arm, tuple([news.steps[row] for row in rows]), seconds)
-        self._settle(flight, record, max(map(len, news.token_ids)))
+        self._settle(flight, record, rows, max(map(len, news.token_ids)))
         if news.faulty:
             self._quarantine(flight.arm.drafter, "its draft held NaN or an id outside the vocabulary")
         return StepOutput(record, rows, news)
 
-    def _settle(self, flight: _Flight, record: StepRecord, grown: int) -> None:
-        """grown: how many tokens the step added to a row at the most."""
+    def _settle(self, flight: _Flight, record: StepRecord, rows: list[int], grown: int) -> None:
+        """rows: that the record is of. grown: how many tokens the step added to a row at the most."""
         state = self.state
         ahead = sum(flight.width for flight in self.flights)
         state.bound = min(max(map(len, state.texts)) + ahead, state.capacity)
@@ -258,12 +259,26 @@ class Run:
             self._advance(grown)
         for reader in flight.counted:
             reader.stale -= flight.width - grown
-        pairs = None  # a plain step says nothing of its rows
-        if flight.arm.length or flight.gave_way:
-            pairs = [(row.drafted, row.accepted) for row in record.rows]
-        for index in flight.gave_way:  # what came of trying it first
-            seconds = record.seconds if flight.usual else None
-            self.selector.update(index, record.accepted, record.drafted, rows=pairs, seconds=seconds)
-        if flight.arm_index is not None:
-            seconds = max(record.seconds - flight.lost, 0.0) if flight.usual else None
-            self.selector.update(flight.arm_index, record.accepted, record.drafted, rows=pairs, seconds=seconds)
+        pairs, critical = None, None  # a plain step says nothing of its rows
+        if flight.arm.length or len(flight.tried) > 1:
+            pairs, critical = self._evidence(record, rows)
+        for place, (index, before) in enumerate(flight.tried):  # those that gave way hear what came of trying them
+            self.selector.update(
+                index,
+                record.accepted,
+                record.drafted,
+                rows=pairs,
+                critical=critical,
+                seconds=max(record.seconds - before, 0.0) if flight.usual else None,
+                stood_in=place > 0,
+            )
+
+    def _evidence(self, record: StepRecord, rows: list[int]) -> tuple[list[tuple[int, int]], list[bool]]:
+        """Of every row of the batch: (drafted, accepted), and whether the batch may have to wait for it."""
+        state = self.state
+        pairs, critical = [(0, 0)] * len(state.texts), [False] * len(state.texts)
+        left = [state.ends[row] - len(state.texts[row]) for row in rows]
+        least = CRITICAL * max(left, default=0)
+        for row, step, rest in zip(rows, record.rows, left, strict=True):
+            pairs[row], critical[row] = (step.drafted, step.accepted), rest >= least
+        return pairs, critical

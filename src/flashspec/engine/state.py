@@ -29,10 +29,10 @@ class DecodeState:
     lengths, limits, finish: (B,) int64, the committed length, the length at which a row ends, a FinishReason.
     stop_ids: (B, K) int64, padded with -1. cached: (READERS, B) int64, what each reader holds. num_logprobs: None, or
     how many top tokens to report. readers: the caches, the target's first. The rest is the host's view: bound >= every
-    length, texts the committed tokens, active the rows still being written. `allocate` makes the tensors, `admit`
-    begins a batch in them, so that they may outlive it. long_reads: how often a model caught up with more of the text
-    than a step leaves unread. capture: runs work on the device, by name; where it is set the work is a CUDA graph from
-    its second time on.
+    length, texts the committed tokens, active the rows still being written, ends their limits. `allocate` makes the
+    tensors, `admit` begins a batch in them, so that they may outlive it. long_reads: how often a model caught up with
+    more of the text than a step leaves unread. capture: runs work on the device, by name; where it is set the work is a
+    CUDA graph from its second time on.
     """
 
     tokens: Tensor
@@ -48,6 +48,7 @@ class DecodeState:
     num_logprobs: int | None = None
     texts: list[list[int]] = field(default_factory=list)
     active: list[bool] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     token_cost: float = 0.1
     rival: float = 1.0
     long_reads: int = 0
@@ -110,8 +111,9 @@ class DecodeState:
         padded = torch.tensor([text + [0] * (width - len(text)) for text in texts])
         stops = [*stop_ids, *[-1] * (self.stop_ids.shape[1] - len(stop_ids))]
         self.tokens[:, :width] = padded.to(self.tokens.device)
+        self.ends = [*limits, *[1] * vacant]
         self.lengths.copy_(torch.tensor([len(text) for text in texts]))
-        self.limits.copy_(torch.tensor([*limits, *[1] * vacant]))
+        self.limits.copy_(torch.tensor(self.ends))
         self.finish.copy_(torch.tensor([FinishReason.RUNNING] * len(prompts) + [FinishReason.CANCELLED] * vacant))
         self.stop_ids.copy_(torch.tensor(stops, dtype=torch.int64))
         kept = self._shared_with(texts[0], memory)

@@ -16,7 +16,7 @@ from flashspec.bandit import (
     UCB1Selector,
     make_selector,
 )
-from flashspec.bandit.base import MAX_OUTSTANDING
+from flashspec.bandit.base import MAX_OUTSTANDING, Feedback
 
 RATES = (0.2, 0.8, 0.5)
 STRATEGIES = ("ucb1", "thompson", "oracle", "fixed")
@@ -283,13 +283,27 @@ def test_policy_hears_the_checked_facts_after_the_counts():
     heard = []
 
     class Listener(FixedSelector):
-        def _learn(self, arm, accepted, drafted, rows, seconds):
-            heard.append((arm, accepted, drafted, rows, seconds, self._stats[arm].n_pulls))
+        def _begin(self, rows):
+            heard.append(rows)
+
+        def _learn(self, step):
+            heard.append((step, self._stats[step.arm].n_pulls))
 
     selector = Listener(2, 1)
-    selector.update(1, 3, 8, rows=[[4, 1], [4, 2]], seconds=1)
-    selector.update(1, 0, 0)
-    assert heard == [(1, 3, 8, ((4, 1), (4, 2)), 1.0, 1), (1, 0, 0, None, None, 2)]
+    selector.begin(2)
+    selector.update(1, 3, 8, rows=[[4, 1], [4, 2]], critical=[True, False], seconds=1)
+    selector.update(1, 0, 0, stood_in=True)
+    assert heard == [
+        2,
+        (Feedback(1, 3, 8, ((4, 1), (4, 2)), [True, False], 1.0, False), 1),
+        (Feedback(1, 0, 0, None, None, None, True), 2),
+    ]
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5])
+def test_a_batch_has_a_whole_number_of_rows(rows):
+    with pytest.raises(ValueError, match="rows"):
+        selector_of("thompson").begin(rows)
 
 
 @every_strategy

@@ -105,10 +105,11 @@ def test_an_arm_disabled_in_mid_run_is_left_and_found_again(strategy):
     assert arms.count(1) > 120
 
 
-@pytest.mark.parametrize("strategy", ["ucb1", "thompson", "oracle", "fixed"])
+@pytest.mark.parametrize("strategy", ["auto", "ucb1", "thompson", "oracle", "fixed"])
 def test_a_decision_among_thirty_arms_takes_less_than_50_us(strategy):
     rates = [0.2 + 0.02 * arm for arm in range(30)]
-    selector = make_selector(strategy, 30, true_rates=rates, seed=0)
+    arms = [("", 0), ("suffix", 16), ("lookup", 16), *((f"model{i}", n) for i in range(9) for n in (2, 4, 8))]
+    selector = make_selector(strategy, 30, true_rates=rates, seed=0, arms=arms, seconds=[0.01] * 30)
     play_bernoulli(selector, rates, 1000, Random(0))
     tracer = sys.gettrace()
     sys.settrace(None)  # coverage doubles the time

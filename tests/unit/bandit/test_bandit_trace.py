@@ -46,8 +46,8 @@ def test_answers_arrive_late_and_all_arrive(delay):
     arrived = []
 
     class Listener(FixedSelector):
-        def _learn(self, arm, accepted, drafted, rows, seconds):
-            arrived.append(accepted)
+        def _learn(self, step):
+            arrived.append(step.accepted)
 
     answers = iter(range(20))
     behind = []

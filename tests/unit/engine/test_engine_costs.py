@@ -40,3 +40,11 @@ def test_a_slope_that_noise_turned_negative_is_a_small_cost() -> None:
 
 def test_a_context_smaller_than_the_widths_is_measured_too() -> None:
     assert set(measure_costs(MarkovModel.random(4, seed=1, max_context=4)).seconds) == {1, 5, 9}
+
+
+def test_other_widths_and_rows_are_on_the_line() -> None:
+    table = CostTable({1: 12.0, 3: 16.0, 6: 22.0})
+    assert [table.at(width) for width in (1, 2, 16)] == pytest.approx([12, 14, 42])
+    batch = table.for_rows(4)
+    assert batch.seconds == pytest.approx({1: 18, 3: 34, 6: 58})
+    assert batch.token_cost == pytest.approx(8 / 18)

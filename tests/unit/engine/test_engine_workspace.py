@@ -111,9 +111,7 @@ def test_heads_read_what_graphs_record(tmp_path: Path) -> None:
     for options in ({}, {"temperature": 0.8, "variant": "coupled", "seed": 3}, {"temperature": 5.0, "seed": 3}):
         for batch in prompts:
             for engine in (ours, eager):  # each its arms from the first one on
-                engine.selector = TakingTurns(len(arms))
-                engine._by_rows.clear()
-                engine._by_rows.default_factory = lambda: TakingTurns(len(arms))
+                engine.selector_for = lambda rows, costs: TakingTurns(len(arms))
             found, expected = (engine.generate(batch, 60, **options) for engine in (ours, eager))
             assert rows(found) == rows(expected)
             assert [[r.accepted for r in s.rows] for s in found.steps] == [
