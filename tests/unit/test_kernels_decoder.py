@@ -38,10 +38,11 @@ def whole(weight: InBytes) -> Tensor:
     return weight.values * weight.scales[:, None] * weight.columns
 
 
-def assert_near(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor, most: float = 2e-6) -> None:
+    """most: relative error of float32."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error < (2e-6 if actual.dtype == torch.float32 else 6e-3)
+    assert error < (most if actual.dtype == torch.float32 else 6e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,15 +70,16 @@ def test_weights_in_eight_bits_are_multiplied_as_what_they_stand_for(
     norm, spread = normal(outputs, dtype=dtype), normal(2 * outputs, 1).exp()  # rows of many sizes
     both = InBytes.of(normal(2 * outputs, depth, scale=0.02) * spread)
     weight = InBytes.of(normal(outputs, depth, scale=0.1) * spread[:outputs])
+    most = 2e-5  # one input of a thousand may be rounded the other way, half a step of sixteen bits away
     found = linear.project(x, weight, bias, squares, 1e-5, torch.float32)
-    assert_near(found, twin.project(x, weight, bias, squares, 1e-5, torch.float32))
+    assert_near(found, twin.project(x, weight, bias, squares, 1e-5, torch.float32), most)
     full = twin.project(x.float(), whole(weight), bias.float(), squares, 1e-5, torch.float32)
     assert (found - full).norm() < 2e-4 * full.norm()  # inputs in sixteen bits
-    assert_near(linear.project_gated(x, both, squares, 1e-5), twin.project_gated(x, both, squares, 1e-5))
+    assert_near(linear.project_gated(x, both, squares, 1e-5), twin.project_gated(x, both, squares, 1e-5), most)
     ours = linear.project_add(x, weight, bias, hidden, norm)
     theirs = twin.project_add(x, weight, bias, hidden, norm)
     for a, b in zip(ours[:2], theirs, strict=False):
-        assert_near(a, b)
+        assert_near(a, b, most)
     assert_near(ours[2].sum(1), ours[0].float().square().sum(1))
 
 
