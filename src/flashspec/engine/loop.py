@@ -124,6 +124,7 @@ class Run:
         self.broken: set[str] = set()
         self._disabled: list[int] = []
         self.flights: deque[_Flight] = deque()
+        self._untold: list[Callable[[], None]] = []  # what the selector is to hear
         self._landed = 0.0  # when the last flight did
         selector.begin(len(state.texts))
         for drafter in drafters.values():
@@ -131,13 +132,19 @@ class Run:
 
     def __iter__(self) -> Iterator[StepOutput]:
         while any(self.state.active):
+            self._tell()
             arm_index = self._choose()
             arm = PLAIN if arm_index is None else self.arms[arm_index]
+            landed = []
             while self.flights and arm.length and self.drafters[arm.drafter].on_host:
-                yield self._land()
-            self.flights.append(self._launch(arm_index, arm))
+                landed.append(self._land())
+            if any(self.state.active):
+                self.flights.append(self._launch(arm_index, arm))
+            self._tell()  # while the device works
+            yield from landed
             if len(self.flights) > self.lag:
                 yield self._land()
+        self._tell()
         self.flights.clear()  # steps that ran ahead of the news that every row is done
 
     @torch.inference_mode()
@@ -263,15 +270,16 @@ class Run:
         if flight.arm.length or len(flight.tried) > 1:
             pairs, critical = self._evidence(record, rows)
         for place, (index, before) in enumerate(flight.tried):  # those that gave way hear what came of trying them
-            self.selector.update(
-                index,
-                record.accepted,
-                record.drafted,
-                rows=pairs,
-                critical=critical,
-                seconds=max(record.seconds - before, 0.0) if flight.usual else None,
-                stood_in=place > 0,
+            update = partial(
+                self.selector.update, index, record.accepted, record.drafted, rows=pairs, critical=critical
             )
+            seconds = max(record.seconds - before, 0.0) if flight.usual else None
+            self._untold.append(partial(update, seconds=seconds, stood_in=place > 0))
+
+    def _tell(self) -> None:
+        for update in self._untold:
+            update()
+        self._untold.clear()
 
     def _evidence(self, record: StepRecord, rows: list[int]) -> tuple[list[tuple[int, int]], list[bool]]:
         """Of every row of the batch: (drafted, accepted), and whether the batch may have to wait for it."""

@@ -25,6 +25,19 @@ WIDTHS = (0, 3, 7, 15, 31, 63, 64)
 T = TypeVar("T")
 
 
+class _Given:
+    """Where drafts of the host go: one copy from pinned memory, which the step before has read by then."""
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        size = rows * (width + 1)
+        self.packed = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.sent = torch.zeros(size, dtype=torch.int64, device=device)
+        self.host, self.device = (
+            Draft(tensor[: rows * width].view(rows, width), tensor[rows * width :])
+            for tensor in (self.packed, self.sent)
+        )
+
+
 class Workspace:
     """Rows of one capacity, lent to one batch at a time.
 
@@ -54,7 +67,7 @@ class Workspace:
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, Work] = {}
         self._outcomes: dict[Hashable, Outcome] = {}
-        self._given: dict[int, Draft] = {}
+        self._given: dict[int, _Given] = {}
 
     @torch.inference_mode()
     def admit(
@@ -140,23 +153,18 @@ class Workspace:
         """The rest of a step, of a draft that was written on the host: it is copied to where a graph reads it."""
         if draft.logits is not None or draft.faulty is not None:
             return verify(self.state, draft)  # of a class that only has generate_draft: outside the graphs
-        rows, width = draft.token_ids.shape
+        width = draft.token_ids.shape[1]
         room = round_up(width)
         if not room:
-            return self._step((self._settings, PLAIN), lambda: verify(self.state, self._room(0)))
-        to, device = self._room(room), self.state.tokens.device
-        packed = torch.zeros(rows, room + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        packed[:, :width], packed[:, room] = draft.token_ids, draft.lengths
-        sent = packed.to(device, non_blocking=True)
-        to.token_ids.copy_(sent[:, :room])
-        to.lengths.copy_(sent[:, room])
-        return self._step((self._settings, f"a draft of {room} tokens"), lambda: verify(self.state, to))
+            return self._step((self._settings, PLAIN), lambda: verify(self.state, self._room(0).device))
+        given = self._room(room)
+        given.host.token_ids[:, :width], given.host.lengths[:] = draft.token_ids, draft.lengths
+        given.sent.copy_(given.packed, non_blocking=True)
+        return self._step((self._settings, f"a draft of {room} tokens"), lambda: verify(self.state, given.device))
 
-    def _room(self, width: int) -> Draft:
+    def _room(self, width: int) -> _Given:
         if width not in self._given:
-            rows, device = len(self.state.tokens), self.state.tokens.device
-            token_ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
-            self._given[width] = Draft(token_ids, torch.zeros(rows, dtype=torch.int64, device=device))
+            self._given[width] = _Given(len(self.state.tokens), width, self.state.tokens.device)
         return self._given[width]
 
     def _step(self, key: Hashable, work: Callable[[], Outcome]) -> Outcome:
