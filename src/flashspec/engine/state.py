@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
 READERS = 16  # the most models that read a text, the target included
-CHUNK = 16  # tokens of a captured catching up
-LONG_READ = 2 * CHUNK  # tokens: a prompt, or what was written while a drafter was away
+CHUNKS = 16, 128  # tokens of a captured catching up: 16 as a step reads them, 128 for less than twice the time
+MOST_IN_CHUNK = 1024  # tokens of all rows
+LONG_READ = 32  # tokens: a prompt, or what was written while a drafter was away
 
 
 @dataclass(slots=True)
@@ -159,16 +161,22 @@ class DecodeState:
     def catch_up(self, reader: Reader) -> None:
         """Have a model read what it has not seen of the text."""
         self.long_reads += reader.stale > LONG_READ
-        if self.capture is None or reader.stale > 8 * CHUNK:
+        if self.capture is None or reader.stale > CHUNKS[-1]:
             reader.catch_up(self.tokens, self.lengths, self.bound)
             return
         reader.joins_step()
         while reader.stale > reader.lag:
-            self.capture(
-                f"catch up {self.readers.index(reader)}",
-                lambda: reader.read_on(self.tokens, self.lengths, self.bound, CHUNK),
-            )
-            reader.stale = max(reader.stale - CHUNK, 0)
+            size = next(size for size in self.chunks if size >= min(reader.stale, self.chunks[-1]))
+            self.capture(f"catch up {self.readers.index(reader)} by {size}", partial(self._read_on, reader, size))
+            reader.stale = max(reader.stale - size, 0)
+
+    def _read_on(self, reader: Reader, size: int) -> None:
+        reader.read_on(self.tokens, self.lengths, self.bound, size)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of how many tokens a captured catching up may be."""
+        return tuple(size for size in CHUNKS if size * len(self.tokens) <= MOST_IN_CHUNK) or CHUNKS[:1]
 
     def prepare(self) -> None:
         """Prefill, or nothing: the target has read all but the last committed token when a step begins."""

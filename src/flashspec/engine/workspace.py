@@ -125,8 +125,9 @@ class Workspace:
         for each in self.drafters.values():  # before a graph holds where they are
             self.state.record_features(each.feature_layers)
         for _ in range(2):
-            self.state.target.stale = 1  # catching up is captured too
-            self.state.prepare()
+            for size in self.state.chunks:  # catching up is captured too
+                self.state.target.stale = size
+                self.state.prepare()
             self.take(PLAIN, NoDraft())
         for arm in self.arms:
             drafter = self.drafters[arm.drafter] if arm.length else None
@@ -138,9 +139,10 @@ class Workspace:
             try:
                 proposer = self.proposer(arm.drafter, drafter)
                 for _ in range(2):
-                    for reader in self.state.readers[1:]:
-                        reader.stale = reader.lag + 1
-                    self.take(arm, proposer)
+                    for size in self.state.chunks:
+                        for reader in self.state.readers[1:]:
+                            reader.stale = size
+                        self.take(arm, proposer)
             except torch.OutOfMemoryError:
                 raise
             except Exception:
