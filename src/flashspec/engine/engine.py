@@ -224,8 +224,12 @@ class SpeculativeEngine:
             true_rates=bandit.true_rates,
             seed=bandit.seed,
             arms=[(arm.drafter, arm.length) for arm in self.arms],
-            seconds=[costs.at(1 + arm.length) for arm in self.arms],
+            seconds=[costs.at(1 + self._width(arm)) for arm in self.arms],
         )
+
+    def _width(self, arm: Arm) -> int:
+        """How many tokens an arm may be thought to draft before it did; those on the host tend to stop early."""
+        return 0 if arm.length == 0 or self.drafters[arm.drafter].on_host else arm.length
 
 
 def _load(source: Any, config: FlashSpecConfig, progress: Progress | None = None) -> LoadedModel:
