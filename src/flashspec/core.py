@@ -119,7 +119,8 @@ class RowStep:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step: the arm, what each unfinished row did, and the seconds that it took, a prefill ahead of it excluded."""
+    """One step: the arm, what each unfinished row did, and the seconds until the host knew, from its launch or the news
+    of the step before. A caller slower than the device is part of them; reading a prompt beforehand is not."""
 
     arm: Arm
     rows: tuple[RowStep, ...]

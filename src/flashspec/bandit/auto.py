@@ -17,6 +17,7 @@ from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
+LENT = 30  # drafts that first choices tell stand-ins of: without them `auto` often missed suffix first, head second
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
@@ -51,23 +52,31 @@ class Survival:
         self._estimate()
 
     @property
+    def _totals(self) -> FloatArray:
+        totals: FloatArray = self._weights.dot(self._counts)
+        return totals
+
+    @property
     def drafters(self) -> Collection[str]:
         return self._columns.keys()
 
     def begin(self, rows: int) -> None:
         """What earlier batches said weighs as much as MEMORY rows at the most."""
-        totals = self._weights.dot(self._counts)
-        self._start(totals * np.minimum(1.0, MEMORY / np.maximum(totals[0], 1.0)), rows)
+        self._start(_at_most(MEMORY, self._totals), rows)
+
+    def wait_for(self, critical: Sequence[bool]) -> None:
+        """The rows that count from now on."""
+        if len(critical) != len(self._weights) - 1:
+            self.begin(len(critical))
+        if (self._weights[1:] != critical).any():
+            self._weights[1:] = critical
+            self._estimate()
 
     def learn(self, step: Feedback) -> None:
         drafter, length = self._arms[step.arm]
         self._counts *= self._faded(step.arm)
         if length:
             rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
-            if len(rows) != len(self._weights) - 1:
-                self.begin(len(rows))
-            if step.critical is not None:
-                self._weights[1:] = step.critical
             accepted = np.array([accepted for _, accepted in rows])
             first = self._columns[drafter].start
             played = self._counts[:, 1:, first : first + length]
@@ -85,14 +94,18 @@ class Survival:
                 self._factors[arm][first : first + length] = self._fade
         return self._factors[arm]
 
-    def _estimate(self) -> None:
-        tried, kept = self._weights.dot(self._counts).tolist()
+    def borrow(self, other: Survival) -> None:
+        """Expect for now what another's evidence says too, weighing as much as LENT drafts at the most."""
+        self._estimate(_at_most(LENT, other._totals))
+
+    def _estimate(self, borrowed: FloatArray | float = 0.0) -> None:
+        tried, kept = (self._totals + borrowed).tolist()
         found = {drafter: _moments(tried[place], kept[place]) for drafter, place in self._columns.items()}
         self.moments = [found[drafter][length - 1] if length else (0.0, 0.0) for drafter, length in self._arms]
 
     def state(self) -> dict[str, dict[str, list[float]]]:
         """As JSON values; the rows are told apart no more."""
-        tried, kept = self._weights.dot(self._counts).tolist()
+        tried, kept = self._totals.tolist()
         return {drafter: {"tried": tried[place], "kept": kept[place]} for drafter, place in self._columns.items()}
 
     def restore(self, state: dict[str, dict[str, Any]]) -> None:
@@ -101,9 +114,15 @@ class Survival:
         for drafter, place in self._columns.items():
             counts = [[real_number(name, n, 0.0) for n in state[drafter][name]] for name in ("tried", "kept")]
             totals[:, place] = counts
-            if (totals[1] > totals[0]).any():
-                raise ValueError(f"{drafter} kept more than was tried: {counts}")
+            if len(counts[0]) != place.stop - place.start or (totals[1] > totals[0]).any():
+                raise ValueError(f"{drafter} has as many counts as its longest draft, none kept that was not tried")
         self._start(totals, 1)
+
+
+def _at_most(drafts: float, totals: FloatArray) -> FloatArray:
+    """Totals that weigh no more than so many drafts."""
+    limited: FloatArray = totals * np.minimum(1.0, drafts / np.maximum(totals[0], 1.0))
+    return limited
 
 
 def _moments(tried: Sequence[float], kept: Sequence[float]) -> list[tuple[float, float]]:
@@ -191,20 +210,22 @@ class AutoSelector(DraftSelector):
             plain = min(cost.mean for cost in self._costs)
             others = [
                 rate * plain
-                for other, rate in enumerate(self._rates(self._standing_in))
+                for other, rate in enumerate(self._rates(self._first))
                 if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
             ]
             return max([1.0, *others])
 
     def _choose(self, arms: Sequence[int]) -> int:
-        luck = {
-            drafter: self._random.gauss(0.0, 1.0) for drafter in self._first.drafters
-        }  # its lengths share their evidence
-        moments = (self._first if len(arms) == len(self._enabled) else self._standing_in).moments
+        # The lengths of a drafter share their evidence.
+        luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._first.drafters}
+        known = self._first
+        if len(arms) < len(self._enabled):
+            known = self._standing_in
+            known.borrow(self._first)
 
         def sampled_rate(arm: int) -> float:
             drafter, length = self._arms[arm]
-            mean, deviation = moments[arm]
+            mean, deviation = known.moments[arm]
             accepted = mean + luck.get(drafter, 0.0) * deviation
             return (1 + min(length, max(0.0, accepted))) / self._costs[arm].mean
 
@@ -215,6 +236,12 @@ class AutoSelector(DraftSelector):
             known.begin(rows)
 
     def _learn(self, step: Feedback) -> None:
+        critical = step.critical
+        if critical is None and self._arms[step.arm][1]:
+            critical = [True] * (1 if step.rows is None else len(step.rows))
+        if critical is not None:
+            self._first.wait_for(critical)
+            self._standing_in.wait_for(critical)
         (self._standing_in if step.stood_in else self._first).learn(step)
         played = self._costs[step.arm]
         for cost in self._costs:

@@ -129,9 +129,9 @@ class DraftSelector(ABC):
     ) -> None:
         """Report one step of `arm`: `accepted` of `drafted` draft tokens, all rows together.
 
-        rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which of them the
-        batch may have to wait for; None: all. seconds: what the step took. stood_in: whether another arm gave way
-        to this one. Only policies that know of costs use these. ValueError, and nothing recorded, for an unknown
+        rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which rows the batch
+        may have to wait for from now on; None: all. seconds: what the step took. stood_in: whether another arm gave
+        way to this one. Only policies that know of costs use these. ValueError, and nothing recorded, for an unknown
         arm, a count that is a bool or a float, accepted outside [0, drafted], rows that do not add up, a `critical`
         that is not as long, or seconds that are negative or not finite.
         """
@@ -139,7 +139,7 @@ class DraftSelector(ABC):
         accepted = whole_number("accepted", accepted)
         drafted = max(1, accepted) if drafted is None else whole_number("drafted", drafted)
         checked_rows = None if rows is None else _checked_rows(rows, accepted, drafted)
-        if critical is not None and (checked_rows is None or len(critical) != len(checked_rows)):
+        if critical is not None and checked_rows is not None and len(critical) != len(checked_rows):
             raise ValueError(f"critical should say of every row whether it is, got {critical!r}")
         if seconds is not None:
             seconds = real_number("seconds", seconds, 0.0)
@@ -170,7 +170,8 @@ class DraftSelector(ABC):
             self._reset()
 
     def to_json(self) -> str:
-        """The whole selector; one restored from it goes on with the same choices."""
+        """The whole selector; one restored from it goes on with the same choices, but knows a batch's rows apart only
+        from the next batch on."""
         with self._lock:
             document = {"selector": type(self).__name__, "options": self._options(), "state": self._state()}
             return json.dumps(document, allow_nan=False)
@@ -201,7 +202,7 @@ class DraftSelector(ABC):
         """The constructor's arguments, as JSON values."""
 
     def _begin(self, rows: int) -> None:  # noqa: B027  (the counts are enough for most policies)
-        """Tell what comes from what was."""
+        """What earlier batches said is not of this one's rows."""
 
     def _learn(self, step: Feedback) -> None:  # noqa: B027
         """Use a step's checked facts, after the counts and the window have taken them in."""

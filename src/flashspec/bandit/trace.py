@@ -22,9 +22,19 @@ class Decision:
     drafted: int = 1
     rows: tuple[tuple[int, int], ...] | None = None
     seconds: float | None = None
+    critical: tuple[bool, ...] | None = None
+    stood_in: bool = False
 
     def report_to(self, selector: DraftSelector) -> None:
-        selector.update(self.arm, self.accepted, self.drafted, rows=self.rows, seconds=self.seconds)
+        selector.update(
+            self.arm,
+            self.accepted,
+            self.drafted,
+            rows=self.rows,
+            critical=self.critical,
+            seconds=self.seconds,
+            stood_in=self.stood_in,
+        )
 
 
 def write_trace(file: TextIO, decisions: Iterable[Decision]) -> None:
@@ -41,6 +51,8 @@ def read_trace(file: TextIO) -> list[Decision]:
             fields = json.loads(line)
             if fields["rows"] is not None:
                 fields["rows"] = tuple((drafted, accepted) for drafted, accepted in fields["rows"])
+            if fields.get("critical") is not None:
+                fields["critical"] = tuple(fields["critical"])
             decisions.append(Decision(**fields))
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise ValueError(f"line {number} of the trace should be a decision: {error!r}") from error

@@ -195,14 +195,14 @@ class SpeculativeEngine:
             with self.turn:
                 Generation(self, [[0]] * rows, 1, self._sampling(sampling), None).begin()
 
-    def selector_for(self, rows: int, costs: CostTable) -> DraftSelector:
-        """The one that learns from batches of about so many rows, whose steps take about as long as `costs` says;
-        `selector` is the one for a single row."""
+    def selector_for(self, rows: int, costs: CostTable | None = None) -> DraftSelector:
+        """The one that learns from batches of about so many rows; `selector` is the one for a single row. costs: of
+        forwards of so many rows, for one that is new."""
         if rows == 1 or self._by_rows is None:
             return self.selector
         size = power_of_two(rows)
         if size not in self._by_rows:
-            self._by_rows[size] = self._make_selector(costs)
+            self._by_rows[size] = self._make_selector(costs or self.costs.for_rows(rows))
         return self._by_rows[size]
 
     def conversation(self, system: str | None = None) -> Conversation:

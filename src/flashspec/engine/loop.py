@@ -44,7 +44,7 @@ class _Flight:
     letter: Letter
     started: float
     active: list[bool]
-    tried: list[tuple[int, float]]  # arms, and the seconds gone before: all but the last found nothing to propose
+    tried: list[tuple[int, float]]  # arms, and the seconds gone before each: that of the step, and all that gave way
     usual: bool  # whether its time says what such a step takes
 
 
@@ -126,6 +126,7 @@ class Run:
         self.flights: deque[_Flight] = deque()
         self._untold: list[Callable[[], None]] = []  # what the selector is to hear
         self._landed = 0.0  # when the last flight did
+        self._any_drafts = any(arm.length for arm in arms)
         selector.begin(len(state.texts))
         for drafter in drafters.values():
             state.record_features(drafter.feature_layers)
@@ -139,7 +140,11 @@ class Run:
             while self.flights and arm.length and self.drafters[arm.drafter].on_host:
                 landed.append(self._land())
             if any(self.state.active):
-                self.flights.append(self._launch(arm_index, arm))
+                try:
+                    self.flights.append(self._launch(arm_index, arm))
+                except BaseException:
+                    yield from landed
+                    raise
             self._tell()  # while the device works
             yield from landed
             if len(self.flights) > self.lag:
@@ -238,6 +243,7 @@ class Run:
 
     def close(self) -> None:
         """Give the selector back as it was: what failed here may work for the next request."""
+        self._tell()
         for index in self._disabled:
             self.selector.enable(index)
 
@@ -266,27 +272,37 @@ class Run:
             self._advance(grown)
         for reader in flight.counted:
             reader.stale -= flight.width - grown
-        pairs, critical = None, None  # a plain step says nothing of its rows
-        if flight.arm.length or len(flight.tried) > 1:
-            pairs, critical = self._evidence(record, rows)
+        critical = self._critical(rows) if self._any_drafts else None
+        pairs = None  # a plain step says nothing of its rows
+        if any(self.arms[index].length for index, _ in flight.tried):
+            pairs = [(0, 0)] * len(state.texts)
+            for row, step in zip(rows, record.rows, strict=True):
+                pairs[row] = step.drafted, step.accepted
         for place, (index, before) in enumerate(flight.tried):  # those that gave way hear what came of trying them
-            update = partial(
-                self.selector.update, index, record.accepted, record.drafted, rows=pairs, critical=critical
+            self._untold.append(
+                partial(
+                    self.selector.update,
+                    index,
+                    record.accepted,
+                    record.drafted,
+                    rows=pairs,
+                    critical=critical,
+                    seconds=max(record.seconds - before, 0.0) if flight.usual else None,
+                    stood_in=place > 0,
+                )
             )
-            seconds = max(record.seconds - before, 0.0) if flight.usual else None
-            self._untold.append(partial(update, seconds=seconds, stood_in=place > 0))
 
     def _tell(self) -> None:
         for update in self._untold:
             update()
         self._untold.clear()
 
-    def _evidence(self, record: StepRecord, rows: list[int]) -> tuple[list[tuple[int, int]], list[bool]]:
-        """Of every row of the batch: (drafted, accepted), and whether the batch may have to wait for it."""
+    def _critical(self, rows: list[int]) -> list[bool]:
+        """Of every row whether the batch may have to wait for it. rows: of the step that has just landed."""
         state = self.state
-        pairs, critical = [(0, 0)] * len(state.texts), [False] * len(state.texts)
+        rows = [row for row in rows if state.active[row]] or rows
         left = [state.ends[row] - len(state.texts[row]) for row in rows]
-        least = CRITICAL * max(left, default=0)
-        for row, step, rest in zip(rows, record.rows, left, strict=True):
-            pairs[row], critical[row] = (step.drafted, step.accepted), rest >= least
-        return pairs, critical
+        least, critical = CRITICAL * max(left, default=0), [False] * len(state.texts)
+        for row, rest in zip(rows, left, strict=True):
+            critical[row] = rest >= least
+        return critical

@@ -19,8 +19,10 @@ from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
 READERS = 16  # the most models that read a text, the target included
-CHUNKS = 16, 128  # tokens of a captured catching up: 16 as a step reads them, 128 for less than twice the time
-MOST_IN_CHUNK = 1024  # tokens of all rows
+# Tokens of a captured catching up: 16 by the kernels of a step, 128 by PyTorch, which takes less than twice as long for
+# few rows and a small cache, all of whose slots a graph attends to.
+CHUNKS = 16, 128
+MOST_IN_CHUNK, MOST_SLOTS = 512, 4096
 LONG_READ = 32  # tokens: a prompt, or what was written while a drafter was away
 
 
@@ -161,22 +163,24 @@ class DecodeState:
     def catch_up(self, reader: Reader) -> None:
         """Have a model read what it has not seen of the text."""
         self.long_reads += reader.stale > LONG_READ
-        if self.capture is None or reader.stale > CHUNKS[-1]:
+        if self.capture is None or reader.stale - reader.lag > CHUNKS[-1]:
             reader.catch_up(self.tokens, self.lengths, self.bound)
             return
         reader.joins_step()
         while reader.stale > reader.lag:
-            size = next(size for size in self.chunks if size >= min(reader.stale, self.chunks[-1]))
+            size = next(size for size in self.chunks if size >= min(reader.stale - reader.lag, self.chunks[-1]))
             self.capture(f"catch up {self.readers.index(reader)} by {size}", partial(self._read_on, reader, size))
             reader.stale = max(reader.stale - size, 0)
 
     def _read_on(self, reader: Reader, size: int) -> None:
+        """With the bound of when it runs: a capture has another."""
         reader.read_on(self.tokens, self.lengths, self.bound, size)
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """Of how many tokens a captured catching up may be."""
-        return tuple(size for size in CHUNKS if size * len(self.tokens) <= MOST_IN_CHUNK) or CHUNKS[:1]
+        few = len(self.tokens) * CHUNKS[-1] <= MOST_IN_CHUNK and self.capacity <= MOST_SLOTS
+        return CHUNKS if few else CHUNKS[:1]
 
     def prepare(self) -> None:
         """Prefill, or nothing: the target has read all but the last committed token when a step begins."""

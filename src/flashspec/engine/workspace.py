@@ -26,15 +26,15 @@ T = TypeVar("T")
 
 
 class _Given:
-    """Where drafts of the host go: one copy from pinned memory, which the step before has read by then."""
+    """Where drafts of the host go: one copy from pinned memory. It is free again when a host drafter writes, since the
+    loop has landed all steps by then."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        size = rows * (width + 1)
-        self.packed = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.sent = torch.zeros(size, dtype=torch.int64, device=device)
-        self.host, self.device = (
-            Draft(tensor[: rows * width].view(rows, width), tensor[rows * width :])
-            for tensor in (self.packed, self.sent)
+        lengths = rows * width + rows * width % 2  # at 16 bytes, as kernels have them elsewhere
+        self.packed = torch.zeros(lengths + rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.sent = torch.zeros(lengths + rows, dtype=torch.int64, device=device)
+        self.here, self.there = (
+            Draft(tensor[: rows * width].view(rows, width), tensor[lengths:]) for tensor in (self.packed, self.sent)
         )
 
 
@@ -141,7 +141,7 @@ class Workspace:
                 for _ in range(2):
                     for size in self.state.chunks:
                         for reader in self.state.readers[1:]:
-                            reader.stale = size
+                            reader.stale = size + reader.lag
                         self.take(arm, proposer)
             except torch.OutOfMemoryError:
                 raise
@@ -158,11 +158,11 @@ class Workspace:
         width = draft.token_ids.shape[1]
         room = round_up(width)
         if not room:
-            return self._step((self._settings, PLAIN), lambda: verify(self.state, self._room(0).device))
+            return self.take(PLAIN, NoDraft())
         given = self._room(room)
-        given.host.token_ids[:, :width], given.host.lengths[:] = draft.token_ids, draft.lengths
+        given.here.token_ids[:, :width], given.here.lengths[:] = draft.token_ids, draft.lengths
         given.sent.copy_(given.packed, non_blocking=True)
-        return self._step((self._settings, f"a draft of {room} tokens"), lambda: verify(self.state, given.device))
+        return self._step((self._settings, f"a draft of {room} tokens"), lambda: verify(self.state, given.there))
 
     def _room(self, width: int) -> _Given:
         if width not in self._given:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from math import sqrt
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -117,6 +116,7 @@ def test_short_drafts_hardly_fade_what_is_known_of_deep_ones() -> None:
 
 def test_rows_are_evidence_each_for_itself() -> None:
     by_rows, one_by_one = survival_of(2), survival_of(2)
+    by_rows.begin(2)
     by_rows.learn(told(2, 2, 1))
     for accepted in (2, 1):
         one_by_one.learn(told(2, accepted))
@@ -166,20 +166,46 @@ def test_a_new_batch_begins_with_what_the_critical_rows_said() -> None:
 def test_what_stands_in_is_known_apart() -> None:
     """Where the lookup finds nothing the model fails too; everywhere else it is the best arm."""
     selector = selector_of(arms=[("", 0), ("lookup", 4), ("model", 4)])
-    for _ in range(30):
-        selector.update(2, 4, 4, seconds=STEP_SECONDS)
+    for _ in range(100):
+        selector.update(2, 4, 4, seconds=2.5 * STEP_SECONDS)
         selector.update(1, 0, 4, seconds=STEP_SECONDS)  # gave way
-        selector.update(2, 0, 4, seconds=STEP_SECONDS, stood_in=True)
+        selector.update(2, 0, 4, seconds=2.5 * STEP_SECONDS, stood_in=True)
         selector.update(0, 0, 0, seconds=0.9 * STEP_SECONDS)
     assert [selector.select() for _ in range(20)].count(2) > 15
     assert [selector.select([1]) for _ in range(20)].count(0) > 15
-    assert selector.rival(1) < 1.1  # the lookup may draft wherever it hopes for more than plain decoding yields
 
 
-@pytest.mark.parametrize("rows, critical", [(None, [True]), ([(1, 1)], [True, False])])
-def test_as_many_rows_are_critical_or_not_as_there_are(rows: Any, critical: list[bool]) -> None:
+def test_stand_ins_begin_with_what_first_choices_said() -> None:
+    selector = selector_of(arms=[("", 0), ("lookup", 4), ("bad", 4), ("good", 4)])
+    for _ in range(60):
+        selector.update(2, 0, 4, seconds=STEP_SECONDS)
+        selector.update(3, 4, 4, seconds=STEP_SECONDS)
+    assert [selector.select([1]) for _ in range(20)].count(3) > 18
+
+
+def test_rows_that_end_count_no_more_whatever_is_played() -> None:
+    selector = selector_of(arms=[("", 0), ("d", 1)], window_size=0)
+    for stood_in in (False, True):
+        selector.update(1, 1, 2, rows=[(1, 0), (1, 1)], stood_in=stood_in)
+    before = [survival.state()["d"]["kept"] for survival in (selector._first, selector._standing_in)]
+    selector.update(0, 0, 0, critical=[True, False])
+    after = [survival.state()["d"]["kept"] for survival in (selector._first, selector._standing_in)]
+    assert before == [[1.0], [1.0]] and after == [[0.0], [0.0]]
+    selector.update(1, 2, 2, rows=[(1, 1), (1, 1)])  # None: all
+    assert selector._first.state()["d"]["kept"] == [pytest.approx(3.0, rel=0.01)]
+
+
+def test_as_many_rows_are_critical_or_not_as_there_are() -> None:
     with pytest.raises(ValueError, match="critical"):
-        selector_of(arms=[("d", 1)]).update(0, 1, 1, rows=rows, critical=critical)
+        selector_of(arms=[("d", 1)]).update(0, 1, 1, rows=[(1, 1)], critical=[True, False])
+
+
+def test_what_stood_in_is_forgotten_with_the_rest() -> None:
+    selector = selector_of(seed=7)
+    fresh = selector._standing_in.state()
+    selector.update(1, 2, 2, stood_in=True)
+    selector.reset()
+    assert selector._standing_in.state() == fresh
 
 
 def test_an_arm_whose_cost_doubles_is_left() -> None:
@@ -284,10 +310,9 @@ def test_disabled_arms_are_not_played() -> None:
 def test_a_rival_is_the_best_arm_of_another_drafter_in_the_time_of_the_cheapest_step() -> None:
     selector = selector_of()
     play(selector, responder(Random(8)), 400)
-    for arm, (drafter, length) in enumerate(ARMS):
-        accepted = length if drafter == "good" else 0
-        selector.update(arm, accepted, length, seconds=seconds_of(arm), stood_in=True)
-    rates = selector._rates(selector._standing_in)
+    for arm in range(len(ARMS)):
+        selector.update(arm, 0, ARMS[arm][1], seconds=seconds_of(arm))
+    rates = selector.expected_rates()
     cheapest = min(cost.mean for cost in selector._costs)
     assert selector.rival(1) == selector.rival(0) == pytest.approx(max(rates[3:]) * cheapest)
     assert selector.rival(3) == pytest.approx(max(1.0, max(rates[:3]) * cheapest))
@@ -346,6 +371,7 @@ def test_bad_options_are_refused(changes: dict[str, object], message: str) -> No
         (("survival", 0, "d", "kept"), [-1.0, 0.0]),
         (("survival", 1, "d", "kept"), [2.0, 0.0]),  # more kept than tried
         (("survival", 0, "d", "kept"), [0.0]),
+        (("survival", 0, "d"), {"tried": [1.0], "kept": [1.0]}),
         (("survival", 0, "d", "tried"), ["many", 0.0]),
         (("survival",), [{}, {}]),
         (("survival",), []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes import MarkovModel
 
+from flashspec.engine import SpeculativeEngine
 from flashspec.engine.costs import CostTable, measure_costs
 
 
@@ -48,3 +49,16 @@ def test_other_widths_and_rows_are_on_the_line() -> None:
     batch = table.for_rows(4)
     assert batch.seconds == pytest.approx({1: 18, 3: 34, 6: 58})
     assert batch.token_cost == pytest.approx(8 / 18)
+
+
+def test_selectors_begin_with_the_costs_of_as_many_rows() -> None:
+    engine = SpeculativeEngine(
+        {"device": "cpu", "bandit": {"strategy": "auto"}},
+        ["suffix", "ngram"],
+        MarkovModel.random(4, seed=1),
+        arms=["plain", "suffix:15", "ngram:4"],
+    )
+    engine.costs = CostTable({1: 12.0, 3: 16.0})
+    batch = engine.costs.for_rows(4)
+    assert engine.selector_for(4)._guesses == [batch.at(1), batch.at(1), batch.at(5)]  # suffix drafts what pays
+    assert engine.selector_for(3) is engine.selector_for(4) is not engine.selector_for(1) is engine.selector

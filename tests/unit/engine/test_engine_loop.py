@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from fakes import MarkovModel, ScriptedDrafter, greedy_text
 from torch import Tensor
 
 from flashspec.bandit import AutoSelector
+from flashspec.drafters.base import Drafter
 
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
 
@@ -59,17 +62,133 @@ class Slow(MarkovModel):
         return super().forward(token_ids, *arguments, **options)
 
 
-def test_a_batch_takes_no_longer_than_its_slow_row_would() -> None:
-    """Five rows of six draft every token right, and are done after a fifth of the steps that the sixth takes."""
-    target = Slow.random(6, seed=53, max_context=256)
-    prompts, count = [[1, row] for row in range(6)], 120
-    texts = [greedy_text(target, prompt, count + 4) for prompt in prompts]
-    texts[5] = [(token + 1) % 6 for token in texts[5]]
+@pytest.mark.parametrize("slow", [0, 5])
+def test_a_batch_takes_no_longer_than_its_slow_row_would(slow: int) -> None:
+    """Five rows of six draft every token right, and have so much to write that they end when the sixth, whose drafts
+    are all wrong, has written half of its own."""
+    target = Slow.random(6, seed=53, max_context=512)
+    prompts, counts = [[1, row] for row in range(6)], [300] * 6
+    counts[slow] = 120
+    texts = [greedy_text(target, prompt, 304) for prompt in prompts]
+    texts[slow] = [(token + 1) % 6 for token in texts[slow]]
     drafter = ScriptedDrafter(lambda text, length: texts[text[1]][len(text) - 2 :][:length])
-    selector = AutoSelector(2, [("scripted", 4), ("", 0)], [1.4, 1.0], seed=0)
+    auto = AutoSelector(2, [("scripted", 4), ("", 0)], [1.4, 1.0], seed=0)
     arms = ["scripted:4", "plain"]
-    run = open_run(target, prompts, arms, {"scripted": drafter}, count, selector=selector, temperature=0)
+    run = open_run(target, prompts, arms, {"scripted": drafter}, counts, selector=auto, temperature=0)
     run.clock, target.now = lambda: target.now, 0.0
-    played = [output.record.arm for output in run]
-    assert len(played) > 100  # the sixth row's drafts were wrong
-    assert target.now < 1.15 * count
+    played = [str(output.record.arm) for output in run]
+    assert played[:40].count("scripted:4") > 35 and played[-30:].count("plain") > 25
+    assert target.now < 1.2 * (60 * 1.4 + 60)
+
+
+class Noting(TakingTurns):
+    """Keeps what it is told."""
+
+    def __init__(self, n_arms: int) -> None:
+        super().__init__(n_arms)
+        self.notes: list[dict[str, Any]] = []
+        self.begun: list[int] = []
+
+    def _begin(self, rows: int) -> None:
+        self.begun.append(rows)
+
+    def update(self, arm: int, *counts: Any, **facts: Any) -> None:
+        self.notes.append({"arm": arm, **facts})
+        super().update(arm, *counts, **facts)
+
+
+class Yielding(Noting):
+    gives_way = True
+
+
+def test_only_rows_that_may_end_last_are_critical() -> None:
+    """Two have most to write; one less, and one would, but meets its stop token in the first step."""
+    selector, prompts = Noting(2), [[1], [3], [5], [2]]
+    firsts = [greedy_text(TARGET, prompt, 1)[0] for prompt in prompts]
+    assert firsts[3] not in firsts[:3]
+    run = open_run(
+        TARGET,
+        prompts,
+        ["plain", "ngram:2"],
+        every_drafter(TARGET),
+        [30, 30, 20, 60],
+        selector=selector,
+        temperature=0,
+        stop_ids=firsts[3:],
+    )
+    next(iter(run))
+    run.close()
+    assert [note["critical"] for note in selector.notes] == [[True, True, False, False]] and selector.begun == [4]
+
+
+def test_arms_that_gave_way_hear_that_they_were_the_first_choice_and_took_longer() -> None:
+    now = [0.0]
+
+    def nothing(text: list[int], length: int) -> list[int]:
+        now[0] += 5
+        return []
+
+    selector, drafters = Yielding(2), every_drafter(TARGET) | {"mute": ScriptedDrafter(nothing)}
+    run = open_run(TARGET, [[1, 2]], ["mute:2", "model:2"], drafters, 20, selector=selector, temperature=0)
+    run.clock = lambda: now[0]
+    list(run)
+    pairs = [(first, second) for first, second in pairwise(selector.notes) if second["stood_in"]]
+    assert len(pairs) > 3
+    for first, second in pairs:
+        assert (first["arm"], second["arm"], first["stood_in"]) == (0, 1, False)
+        assert (first["seconds"], second["seconds"]) == (5, 0) and first["rows"] == second["rows"]
+
+
+def test_rows_are_told_of_steps_in_which_every_arm_gave_way() -> None:
+    selector, drafters = Yielding(1), {"mute": ScriptedDrafter(lambda text, length: [])}
+    list(open_run(TARGET, [[1], [2]], ["mute:2"], drafters, 4, selector=selector, temperature=0))
+    assert [note["rows"] for note in selector.notes] == [[(0, 0)] * 2] * 4
+
+
+def on_host(script: Callable[[list[int], int], list[int]]) -> dict[str, Drafter]:
+    drafter = ScriptedDrafter(script)
+    drafter.on_host = True
+    return {"scripted": drafter}
+
+
+def test_a_host_drafter_s_step_is_launched_before_anything_else_is_done_with_the_news() -> None:
+    selector, events = Noting(1), list[str]()
+    drafters = on_host(lambda text, length: [0] * length)
+    run = open_run(TARGET, [[1]], ["scripted:2"], drafters, 12, selector=selector, lag=1, temperature=0)
+    launch, update = run._launch, selector.update
+    run._launch = lambda *step: (events.append("launch"), launch(*step))[1]  # type: ignore[assignment, func-returns-value]
+    selector.update = lambda *facts, **more: (events.append("told"), update(*facts, **more))[1]  # type: ignore
+    for _ in run:
+        events.append("read")
+    assert events[:7] == ["launch", "launch", "told", "read", "launch", "told", "read"]
+    assert events.count("launch") == events.count("told") == events.count("read") > 4  # none behind the last token
+
+
+def test_what_has_landed_is_told_and_read_though_the_next_launch_fails() -> None:
+    selector, written = Noting(1), list[int]()
+    drafters = on_host(lambda text, length: [0] * length)
+    run = open_run(TARGET, [[1]], ["scripted:2"], drafters, 12, selector=selector, lag=1, temperature=0)
+    launch, steps = run._launch, iter([None, None, MemoryError])
+
+    def failing(*step: Any) -> Any:
+        fault = next(steps)
+        if fault is not None:
+            raise fault
+        return launch(*step)
+
+    run._launch = failing  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        for output in run:
+            written += output.news.token_ids[0]
+    run.close()
+    assert run.state.texts[0] == [1, *written] and len(selector.notes) == 2
+
+
+def test_a_run_that_is_left_tells_the_rest() -> None:
+    selector = Noting(1)
+    run = open_run(TARGET, [[1]], ["plain"], {}, 12, selector=selector)
+    steps = iter(run)
+    next(steps), next(steps)
+    assert len(selector.notes) == 1
+    run.close()
+    assert len(selector.notes) == 2

@@ -23,6 +23,7 @@ from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
 from flashspec.drafters.heads import load_head
 from flashspec.drafters.model import ModelDrafter
 from flashspec.engine.graphs import WherePossible
+from flashspec.engine.state import DecodeState
 from flashspec.engine.workspace import Workspaces
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
@@ -119,6 +120,20 @@ def test_heads_read_what_graphs_record(tmp_path: Path) -> None:
             ]
     assert recorder.recorded > len(arms)
     assert recorder.features == {id(w.state.target.features) for w in ours.workspaces._kept.values()}
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3] * 8], [[1, 2, 3] * 8, [4, 4, 4, 4], [5, 1] * 9]])
+def test_a_host_s_drafts_get_to_the_graphs(prompts: list[list[int]]) -> None:
+    engine, _ = engine_of(("suffix:8",))
+    found = engine.generate(prompts, 60)
+    assert rows(found) == [greedy_text(TARGET, prompt, 60) for prompt in prompts]
+    assert found.acceptance_length > 1.5
+
+
+def test_many_rows_and_long_caches_are_read_by_sixteen_tokens() -> None:
+    engine, _ = engine_of(("plain",))
+    for size, chunks in {(4, 4096, 4): (16, 128), (8, 1024, 4): (16,), (1, 8192, 4): (16,)}.items():
+        assert DecodeState.allocate(engine.target, *size).chunks == chunks
 
 
 def test_a_longer_text_gets_a_larger_workspace() -> None:
