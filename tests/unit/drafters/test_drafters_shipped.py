@@ -31,6 +31,8 @@ def test_a_head_of_the_package_has_a_card_and_is_small(folder: Path) -> None:
     card = (folder / "README.md").read_text("utf-8")
     for told in ("Licence", "revision", "Seed", "Data", "Reads", "tokens a step"):
         assert told in card
+    marks = json.loads((folder / "config.json").read_text())["flashspec"]
+    assert marks["target_hash"] and marks["target_hash_float16"]  # without the second a float16 target is refused
 
 
 @pytest.fixture
