@@ -73,25 +73,27 @@ class Survival:
             self._estimate()
 
     def learn(self, step: Feedback) -> None:
-        drafter, length = self._arms[step.arm]
+        _, length = self._arms[step.arm]
         self._counts *= self._faded(step.arm)
         if length:
             rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
             accepted = np.array([accepted for _, accepted in rows])
-            first = self._columns[drafter].start
-            played = self._counts[:, 1:, first : first + length]
+            played = self._counts[:, 1:, self._place(step.arm)]
             played[0] += 1
             played[1] += accepted[:, None] > np.arange(length)
         self._estimate()
 
+    def _place(self, arm: int) -> slice:
+        """The columns that a draft of an arm reaches; of plain decoding none."""
+        drafter, length = self._arms[arm]
+        first = self._columns[drafter].start if length else 0
+        return slice(first, first + length)
+
     def _faded(self, arm: int) -> FloatArray:
         """As deep as its draft went; further down, and of other drafters, as little as where nothing is played."""
         if arm not in self._factors:
-            drafter, length = self._arms[arm]
             self._factors[arm] = np.full(self._counts.shape[2], IDLE_FADE)
-            if length:
-                first = self._columns[drafter].start
-                self._factors[arm][first : first + length] = self._fade
+            self._factors[arm][self._place(arm)] = self._fade
         return self._factors[arm]
 
     def borrow(self, other: Survival) -> None:
@@ -199,10 +201,10 @@ class AutoSelector(DraftSelector):
     def expected_rates(self) -> list[float]:
         """Each arm's estimated tokens per second as the first choice of a step, exploration aside."""
         with self._lock:
-            return self._rates(self._first)
+            return self._rates()
 
-    def _rates(self, known: Survival) -> list[float]:
-        return [(1 + mean) / cost.mean for (mean, _), cost in zip(known.moments, self._costs, strict=True)]
+    def _rates(self) -> list[float]:
+        return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._first.moments, self._costs, strict=True)]
 
     def rival(self, arm: int) -> float:
         with self._lock:
@@ -210,7 +212,7 @@ class AutoSelector(DraftSelector):
             plain = min(cost.mean for cost in self._costs)
             others = [
                 rate * plain
-                for other, rate in enumerate(self._rates(self._first))
+                for other, rate in enumerate(self._rates())
                 if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
             ]
             return max([1.0, *others])

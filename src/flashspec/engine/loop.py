@@ -139,14 +139,12 @@ class Run:
             landed = []
             while self.flights and arm.length and self.drafters[arm.drafter].on_host:
                 landed.append(self._land())
-            if any(self.state.active):
-                try:
+            try:
+                if any(self.state.active):
                     self.flights.append(self._launch(arm_index, arm))
-                except BaseException:
-                    yield from landed
-                    raise
-            self._tell()  # while the device works
-            yield from landed
+                self._tell()  # while the device works
+            finally:
+                yield from landed
             if len(self.flights) > self.lag:
                 yield self._land()
         self._tell()

@@ -142,7 +142,8 @@ class Workspace:
                     for size in self.state.chunks:
                         for reader in self.state.readers[1:]:
                             reader.stale = size + reader.lag
-                        self.take(arm, proposer)
+                        proposer.prepare(self.state)
+                    self.take(arm, proposer)
             except torch.OutOfMemoryError:
                 raise
             except Exception:

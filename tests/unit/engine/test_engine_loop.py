@@ -17,19 +17,30 @@ from flashspec.drafters.base import Drafter
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
 
 
-class Listening(TakingTurns):
+class Noting(TakingTurns):
+    """Keeps what it is told."""
+
     def __init__(self, n_arms: int) -> None:
         super().__init__(n_arms)
-        self.heard: list[tuple[int, float | None]] = []
+        self.notes: list[dict[str, Any]] = []
+        self.begun: list[int] = []
 
-    def update(self, arm: int, *counts: Any, seconds: float | None = None, **rows: Any) -> None:
-        self.heard.append((arm, seconds))
-        super().update(arm, *counts, seconds=seconds, **rows)
+    def _begin(self, rows: int) -> None:
+        self.begun.append(rows)
+
+    def update(self, arm: int, *counts: Any, **facts: Any) -> None:
+        self.notes.append({"arm": arm, **facts})
+        super().update(arm, *counts, **facts)
+
+    @property
+    def heard(self) -> list[tuple[int, float | None]]:
+        """Arms and seconds."""
+        return [(note["arm"], note["seconds"]) for note in self.notes]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_reading_a_prompt_is_no_step_s_time(lag: int) -> None:
-    selector = Listening(2)
+    selector = Noting(2)
     run = open_run(TARGET, [[1] * 80], ["model:2", "plain"], every_drafter(TARGET), 12, selector=selector, lag=lag)
     list(run)
     (first, reading), *others = selector.heard
@@ -40,14 +51,14 @@ def test_reading_a_prompt_is_no_step_s_time(lag: int) -> None:
 @pytest.mark.parametrize("lag", [0, 1])
 def test_nor_is_it_that_of_the_step_before(lag: int) -> None:
     """Which the host hears of late; a run's first step waits for the prefill."""
-    selector, arms = Listening(3), ["plain", "early-exit:2", "model:2"]
+    selector, arms = Noting(3), ["plain", "early-exit:2", "model:2"]
     list(open_run(TARGET, [[1] * 80], arms, every_drafter(TARGET), 20, selector=selector, lag=lag))
     heard = [seconds is not None for _, seconds in selector.heard]
     assert heard[:3] == ([True, True, False] if lag == 0 else [False] * 3) and all(heard[3:])
 
 
 def test_reading_a_few_tokens_is() -> None:
-    selector = Listening(1)
+    selector = Noting(1)
     list(open_run(TARGET, [[1] * 8], ["model:2"], every_drafter(TARGET), 12, selector=selector))
     assert all(seconds is not None for _, seconds in selector.heard)
 
@@ -79,22 +90,6 @@ def test_a_batch_takes_no_longer_than_its_slow_row_would(slow: int) -> None:
     played = [str(output.record.arm) for output in run]
     assert played[:40].count("scripted:4") > 35 and played[-30:].count("plain") > 25
     assert target.now < 1.2 * (60 * 1.4 + 60)
-
-
-class Noting(TakingTurns):
-    """Keeps what it is told."""
-
-    def __init__(self, n_arms: int) -> None:
-        super().__init__(n_arms)
-        self.notes: list[dict[str, Any]] = []
-        self.begun: list[int] = []
-
-    def _begin(self, rows: int) -> None:
-        self.begun.append(rows)
-
-    def update(self, arm: int, *counts: Any, **facts: Any) -> None:
-        self.notes.append({"arm": arm, **facts})
-        super().update(arm, *counts, **facts)
 
 
 class Yielding(Noting):
