@@ -58,6 +58,10 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
     def headline(name: str, **options: Any) -> Any:
         return text(name, ["plain", *arms, "ngram:4", "suffix:15", *SELECTORS], ["suffix", "ngram", *heads], **options)
 
+    def against(name: str, theirs: list[str], assistants: list[str], **options: Any) -> Any:
+        methods = [*theirs, *LOOKUPS[:4], "auto@arms"]
+        return text(name, methods, ["suffix", "ngram", *assistants], 2, max_new_tokens=64, **options)
+
     def stepping(name: str, shape: str, plan: Plan, **options: Any) -> Any:
         out = output / f"{name}-{gpu}.json"
         return steps.run(shape=shape, random=True, device="cuda", output=out, plan=plan, **options)
@@ -90,14 +94,8 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
             shape="8b",
             batch_sizes=[1, 4, 8, 16, 32],
         ),
-        "transformers-8b": lambda: text(
-            "transformers-8b",
-            [*TRANSFORMERS, *LOOKUPS[:3], "auto@arms"],
-            ["suffix", "ngram", model],
-            2,
-            shape="8b",
-            max_new_tokens=64,
-        ),
+        "transformers-8b": lambda: against("transformers-8b", TRANSFORMERS, [model], shape="8b"),
+        "transformers-135m": lambda: against("transformers-135m", TRANSFORMERS[:3], []),
         "steps-8b-batches": lambda: stepping(
             "steps-8b-batches", "8b", Plan(widths=[1, 5], batch_sizes=[8, 32], arms=["plain", "ngram:4"])
         ),
