@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from math import sqrt
+from math import inf, sqrt
 from random import Random
 from typing import Any
 
@@ -17,7 +16,6 @@ from flashspec.bandit.estimates import real_number, whole_number
 
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
-LENT = 30  # drafts that first choices tell stand-ins of: without them `auto` often missed suffix first, head second
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
@@ -62,7 +60,8 @@ class Survival:
 
     def begin(self, rows: int) -> None:
         """What earlier batches said weighs as much as MEMORY rows at the most."""
-        self._start(_at_most(MEMORY, self._totals), rows)
+        totals = self._totals
+        self._start(totals * np.minimum(1.0, MEMORY / np.maximum(totals[0], 1.0)), rows)
 
     def wait_for(self, critical: Sequence[bool]) -> None:
         """The rows that count from now on."""
@@ -96,12 +95,8 @@ class Survival:
             self._factors[arm][self._place(arm)] = self._fade
         return self._factors[arm]
 
-    def borrow(self, other: Survival) -> None:
-        """Expect for now what another's evidence says too, weighing as much as LENT drafts at the most."""
-        self._estimate(_at_most(LENT, other._totals))
-
-    def _estimate(self, borrowed: FloatArray | float = 0.0) -> None:
-        tried, kept = (self._totals + borrowed).tolist()
+    def _estimate(self) -> None:
+        tried, kept = self._totals.tolist()
         found = {drafter: _moments(tried[place], kept[place]) for drafter, place in self._columns.items()}
         self.moments = [found[drafter][length - 1] if length else (0.0, 0.0) for drafter, length in self._arms]
 
@@ -121,12 +116,6 @@ class Survival:
         self._start(totals, 1)
 
 
-def _at_most(drafts: float, totals: FloatArray) -> FloatArray:
-    """Totals that weigh no more than so many drafts."""
-    limited: FloatArray = totals * np.minimum(1.0, drafts / np.maximum(totals[0], 1.0))
-    return limited
-
-
 def _moments(tried: Sequence[float], kept: Sequence[float]) -> list[tuple[float, float]]:
     """Of drafts of 1, 2, ... tokens."""
     results = []
@@ -139,26 +128,46 @@ def _moments(tried: Sequence[float], kept: Sequence[float]) -> list[tuple[float,
     return results
 
 
-@dataclass(slots=True)
-class Cost:
-    """Seconds of an arm's steps: a faded mean, with the guess as one step that never fades. A slow step counts at most
-    twice the mean, and what is known is forgotten while the arm is not played: a slow first step must not stand."""
+class Costs:
+    """Seconds of each arm's steps: a faded mean, with a guess as one step that never fades. A slow step counts at most
+    twice the mean, and what is known is forgotten while an arm is not played: a slow first step must not stand.
 
-    guess: float
-    total: float = 0.0
-    weight: float = 0.0
+    guesses: where steps turn out to be quicker, the guesses of all arms are too slow by as much. A busy machine when
+    they are measured would otherwise leave one arm the quickest for ever.
+    """
 
-    @property
-    def mean(self) -> float:
-        return (self.guess + self.total) / (1 + self.weight)
+    def __init__(self, guesses: Sequence[float]) -> None:
+        self._guesses = guesses
+        self.totals, self.weights = [0.0] * len(guesses), [0.0] * len(guesses)
+        self._estimate()
 
-    def fade(self, factor: float) -> None:
-        self.total *= factor
-        self.weight *= factor
+    def learn(self, arm: int, seconds: float | None, fade: float) -> None:
+        """A step of an arm; None where it says nothing of the time. fade: of what is known of that arm."""
+        for other in range(len(self._guesses)):
+            factor = fade if other == arm and seconds is not None else IDLE_FADE
+            self.totals[other] *= factor
+            self.weights[other] *= factor
+        if seconds is not None:
+            others = self.means[:arm] + self.means[arm + 1 :]
+            usual = max(self.means[arm], min(others, default=0.0))  # a guess may be far too low
+            self.totals[arm] += max(min(seconds, 2 * usual), LEAST_SECONDS)
+            self.weights[arm] += 1
+        self._estimate()
 
-    def record(self, seconds: float) -> None:
-        self.total += max(min(seconds, 2 * self.mean), LEAST_SECONDS)
-        self.weight += 1
+    def restore(self, totals: list[float], weights: list[float]) -> None:
+        self.totals, self.weights = totals, weights
+        self._estimate()
+
+    def charge(self, arm: int, seconds: float) -> None:
+        """An arm lost time in a step that others took."""
+        self.totals[arm] += min(seconds, self.means[arm])
+        self._estimate()
+
+    def _estimate(self) -> None:
+        guessed = sum(weight * guess for weight, guess in zip(self.weights, self._guesses, strict=True))
+        scale = min(1.0, sum(self.totals) / guessed) if guessed else 1.0
+        known = zip(self._guesses, self.totals, self.weights, strict=True)
+        self.means = [(guess * scale + total) / (1 + weight) for guess, total, weight in known]
 
 
 class AutoSelector(DraftSelector):
@@ -168,8 +177,8 @@ class AutoSelector(DraftSelector):
     arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades, slowly
     while others are played, so that an arm that was bad long ago is tried again.
 
-    An arm that gives way is to hear what came of the step all the same: so its rate is that of trying it first. What
-    the arm yields that stands in for it is known apart: where one drafter finds nothing, others find less than usual.
+    An arm that gives way has its rate from the steps that it takes, and the time that it lost in others: it goes first
+    where what it has to say is worth more than other arms on average, and those come into their own where it is silent.
     """
 
     gives_way = True
@@ -195,21 +204,21 @@ class AutoSelector(DraftSelector):
 
     def _start_over(self) -> None:
         self._random = Random(self._seed)
-        self._first, self._standing_in = Survival(self._arms, self._fade), Survival(self._arms, self._fade)
-        self._costs = [Cost(max(guess, LEAST_SECONDS)) for guess in self._guesses]
+        self._survival = Survival(self._arms, self._fade)
+        self._costs = Costs([max(guess, LEAST_SECONDS) for guess in self._guesses])
 
     def expected_rates(self) -> list[float]:
-        """Each arm's estimated tokens per second as the first choice of a step, exploration aside."""
+        """Each arm's estimated tokens per second, exploration aside."""
         with self._lock:
             return self._rates()
 
     def _rates(self) -> list[float]:
-        return [(1 + mean) / cost.mean for (mean, _), cost in zip(self._first.moments, self._costs, strict=True)]
+        return [(1 + mean) / cost for (mean, _), cost in zip(self._survival.moments, self._costs.means, strict=True)]
 
     def rival(self, arm: int) -> float:
         with self._lock:
             # Plain decoding may go untried for long, so a slow step of it could stand for ever; no arm is cheaper.
-            plain = min(cost.mean for cost in self._costs)
+            plain = min(self._costs.means)
             others = [
                 rate * plain
                 for other, rate in enumerate(self._rates())
@@ -219,37 +228,30 @@ class AutoSelector(DraftSelector):
 
     def _choose(self, arms: Sequence[int]) -> int:
         # The lengths of a drafter share their evidence.
-        luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._first.drafters}
-        known = self._first
-        if len(arms) < len(self._enabled):
-            known = self._standing_in
-            known.borrow(self._first)
+        luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._survival.drafters}
 
         def sampled_rate(arm: int) -> float:
             drafter, length = self._arms[arm]
-            mean, deviation = known.moments[arm]
+            mean, deviation = self._survival.moments[arm]
             accepted = mean + luck.get(drafter, 0.0) * deviation
-            return (1 + min(length, max(0.0, accepted))) / self._costs[arm].mean
+            return (1 + min(length, max(0.0, accepted))) / self._costs.means[arm]
 
         return max(arms, key=sampled_rate)
 
     def _begin(self, rows: int) -> None:
-        for known in (self._first, self._standing_in):
-            known.begin(rows)
+        self._survival.begin(rows)
+
+    def _charge(self, arm: int, seconds: float) -> None:
+        self._costs.charge(arm, seconds)
 
     def _learn(self, step: Feedback) -> None:
         critical = step.critical
         if critical is None and self._arms[step.arm][1]:
             critical = [True] * (1 if step.rows is None else len(step.rows))
         if critical is not None:
-            self._first.wait_for(critical)
-            self._standing_in.wait_for(critical)
-        (self._standing_in if step.stood_in else self._first).learn(step)
-        played = self._costs[step.arm]
-        for cost in self._costs:
-            cost.fade(self._fade if cost is played and step.seconds is not None else IDLE_FADE)
-        if step.seconds is not None:
-            played.record(step.seconds)
+            self._survival.wait_for(critical)
+        self._survival.learn(step)
+        self._costs.learn(step.arm, step.seconds, self._fade)
 
     def _reset(self) -> None:
         super()._reset()
@@ -267,17 +269,17 @@ class AutoSelector(DraftSelector):
     def _state(self) -> dict[str, Any]:
         return super()._state() | {
             "random": self._random.getstate(),
-            "survival": [self._first.state(), self._standing_in.state()],
-            "costs": [{"total": cost.total, "weight": cost.weight} for cost in self._costs],
+            "survival": self._survival.state(),
+            "costs": {"totals": self._costs.totals, "weights": self._costs.weights},
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
         version, words, gauss = state["random"]
+        gauss = None if gauss is None else real_number("random", gauss, -inf)
         self._random.setstate((version, tuple(words), gauss))
-        for survival, stored in zip((self._first, self._standing_in), state["survival"], strict=True):
-            survival.restore(stored)
-        if len(state["costs"]) != self._n_arms:
-            raise ValueError(f"costs describe {len(state['costs'])} arms, n_arms is {self._n_arms}")
-        for cost, stored in zip(self._costs, state["costs"], strict=True):
-            cost.total, cost.weight = (real_number(name, stored[name], 0.0) for name in ("total", "weight"))
+        self._survival.restore(state["survival"])
+        totals, weights = ([real_number(name, n, 0.0) for n in state["costs"][name]] for name in ("totals", "weights"))
+        if not len(totals) == len(weights) == self._n_arms:
+            raise ValueError(f"costs describe {len(totals)} and {len(weights)} arms, n_arms is {self._n_arms}")
+        self._costs.restore(totals, weights)

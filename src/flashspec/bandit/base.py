@@ -25,7 +25,6 @@ class Feedback:
     rows: Rows | None
     critical: Sequence[bool] | None
     seconds: float | None
-    stood_in: bool
 
 
 # Feedback is at most eight steps late in each of a few threads. A selection still unanswered after this many
@@ -45,8 +44,8 @@ class DraftSelector(ABC):
       rates 0.7/0.5/0.3 swap ends after 1,000 rounds, Thompson sampling is back on the best arm after 11 rounds
       (median of 20 seeds, worst 47); without this it took 261 (worst 751).
 
-    A policy implements `_choose` and `_options`; it may extend `_begin`, `_learn`, `_reset`, `_state` and `_restore`,
-    which run with the lock held. Every public method may be called from any thread.
+    A policy implements `_choose` and `_options`; it may extend `_begin`, `_learn`, `_charge`, `_reset`, `_state` and
+    `_restore`, which run with the lock held. Every public method may be called from any thread.
     """
 
     gives_way: ClassVar[bool] = False  # whether an arm that finds nothing to propose is another's chance in that step
@@ -125,13 +124,12 @@ class DraftSelector(ABC):
         rows: Sequence[tuple[int, int]] | None = None,
         critical: Sequence[bool] | None = None,
         seconds: float | None = None,
-        stood_in: bool = False,
     ) -> None:
         """Report one step of `arm`: `accepted` of `drafted` draft tokens, all rows together.
 
         rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which rows the batch
-        may have to wait for from now on; None: all. seconds: what the step took. stood_in: whether another arm gave
-        way to this one. Only policies that know of costs use these. ValueError, and nothing recorded, for an unknown
+        may have to wait for from now on; None: all. seconds: what the step took. Only policies that know of costs use
+        these. ValueError, and nothing recorded, for an unknown
         arm, a count that is a bool or a float, accepted outside [0, drafted], rows that do not add up, a `critical`
         that is not as long, or seconds that are negative or not finite.
         """
@@ -149,7 +147,16 @@ class DraftSelector(ABC):
             self._settle(arm)
             if self._window_size:
                 self._move_window(arm)
-            self._learn(Feedback(arm, accepted, drafted, checked_rows, critical, seconds, stood_in))
+            self._learn(Feedback(arm, accepted, drafted, checked_rows, critical, seconds))
+
+    def give_way(self, arm: int, seconds: float = 0.0) -> None:
+        """Report that `arm` was selected and had nothing to propose, which took so many seconds: its selection comes to
+        nothing, and another is made for the same step. ValueError for an unknown arm, or seconds that are negative or
+        not finite."""
+        arm, seconds = self._known(arm), real_number("seconds", seconds, 0.0)
+        with self._lock:
+            self._settle(arm)
+            self._charge(arm, seconds)
 
     def disable(self, arm: int) -> None:
         """Keep `arm` out of `select` until it is enabled; ValueError if no arm would be left."""
@@ -203,6 +210,9 @@ class DraftSelector(ABC):
 
     def _begin(self, rows: int) -> None:  # noqa: B027  (the counts are enough for most policies)
         """What earlier batches said is not of this one's rows."""
+
+    def _charge(self, arm: int, seconds: float) -> None:  # noqa: B027
+        """An arm lost time in a step that others took."""
 
     def _learn(self, step: Feedback) -> None:  # noqa: B027
         """Use a step's checked facts, after the counts and the window have taken them in."""

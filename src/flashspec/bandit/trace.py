@@ -23,7 +23,6 @@ class Decision:
     rows: tuple[tuple[int, int], ...] | None = None
     seconds: float | None = None
     critical: tuple[bool, ...] | None = None
-    stood_in: bool = False
 
     def report_to(self, selector: DraftSelector) -> None:
         selector.update(
@@ -33,7 +32,6 @@ class Decision:
             rows=self.rows,
             critical=self.critical,
             seconds=self.seconds,
-            stood_in=self.stood_in,
         )
 
 

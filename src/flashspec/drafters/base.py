@@ -70,6 +70,12 @@ class Proposer(ABC):
         """Host work before a step: catching up a cache or an index. Its time counts as the arm's."""
         return
 
+    def expects_nothing(self, context: DraftContext, length: int) -> bool:
+        """Whether there will hardly be anything to propose, asked of drafters on the host while a step is under way
+        whose tokens `texts` lack: if so, another arm drafts, and the device need not wait for the host. Of a guess
+        that is wrong only speed depends."""
+        return False
+
     @abstractmethod
     def propose(self, context: DraftContext, length: int) -> Draft:
         """At most `length` tokens a row, as a pure function of tensors unless the drafter works on the host; fewer

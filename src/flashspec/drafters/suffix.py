@@ -102,7 +102,19 @@ class SuffixProposer(Proposer):
                 self.indexes[row].add(recent, text[end])
             self.indexed[row] = len(text)
 
+    def expects_nothing(self, context: DraftContext, length: int) -> bool:
+        self.prepare(context)
+        return not any(self._drafts(context, length))
+
     def propose(self, context: DraftContext, length: int) -> Draft:
+        rows = self._drafts(context, length)
+        width = max(len(row) for row in rows)
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        token_ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
+        return Draft(token_ids, torch.tensor([len(row) for row in rows]))
+
+    def _drafts(self, context: DraftContext, length: int) -> list[list[int]]:
+        """Of every row; none at all where a rival is expected to do better."""
         written = [
             self._write(row, text, length, context.token_cost) if active else ([], 0.0)
             for row, (text, active) in enumerate(zip(context.texts, context.active, strict=True))
@@ -110,11 +122,8 @@ class SuffixProposer(Proposer):
         rows, width = [draft for draft, _ in written], max(len(draft) for draft, _ in written)
         running = sum(context.active)
         hoped = running + sum(expected for _, expected in written)
-        if hoped < running * context.rival * (1 + context.token_cost * width):
-            rows, width = [[] for _ in rows], 0  # a rival does better
-        padded = [row + [0] * (width - len(row)) for row in rows]
-        token_ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
-        return Draft(token_ids, torch.tensor([len(row) for row in rows]))
+        worth = hoped >= running * context.rival * (1 + context.token_cost * width)
+        return rows if worth else [[] for _ in rows]
 
     def _predict(self, row: int, recent: Sequence[int]) -> Prediction | None:
         own = self.indexes[row].predict(recent)

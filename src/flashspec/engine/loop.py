@@ -44,7 +44,8 @@ class _Flight:
     letter: Letter
     started: float
     active: list[bool]
-    tried: list[tuple[int, float]]  # arms, and the seconds gone before each: that of the step, and all that gave way
+    arm_index: int | None  # of the selector's arms
+    lost: float  # seconds that arms took which gave way
     usual: bool  # whether its time says what such a step takes
 
 
@@ -62,6 +63,10 @@ class _Guarded(Proposer):
     def prepare(self, context: DraftContext) -> None:
         with _blaming_the_drafter():
             self.inner.prepare(context)
+
+    def expects_nothing(self, context: DraftContext, length: int) -> bool:
+        with _blaming_the_drafter():
+            return self.inner.expects_nothing(context, length)
 
     def propose(self, context: DraftContext, length: int) -> Draft:
         with _blaming_the_drafter():
@@ -135,9 +140,12 @@ class Run:
         while any(self.state.active):
             self._tell()
             arm_index = self._choose()
+            if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
+                self.selector.give_way(arm_index)
+                arm_index = self._choose(self._asleep([arm_index]))
             arm = PLAIN if arm_index is None else self.arms[arm_index]
             landed = []
-            while self.flights and arm.length and self.drafters[arm.drafter].on_host:
+            while self.flights and self._is_on_host(arm):
                 landed.append(self._land())
             try:
                 if any(self.state.active):
@@ -162,7 +170,7 @@ class Run:
         state.prepare()
         started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing, but what follows waits for it
         usual = not self.lag or bool(self.flights or self._landed)
-        tried, lost = list[tuple[int, float]](), 0.0
+        gave_way, lost = list[int](), 0.0
         while True:
             try:
                 outcome = self._attempt(arm_index, arm)
@@ -170,13 +178,14 @@ class Run:
                 self._quarantine(arm.drafter, str(failure))
                 arm_index, arm = None, PLAIN
                 continue
-            if arm_index is not None:
-                tried.append((arm_index, lost))
             if outcome is not None:
                 break
-            arm_index = self._choose(self._asleep([index for index, _ in tried]))
+            assert arm_index is not None  # plain decoding never gives way
+            gave_way.append(arm_index)
+            before, lost = lost, self.clock() - started
+            self._untold.append(partial(self.selector.give_way, arm_index, lost - before))
+            arm_index = self._choose(self._asleep(gave_way))
             arm = PLAIN if arm_index is None else self.arms[arm_index]
-            lost = self.clock() - started
         counted: set[Reader] = set()
         if self.lag:
             counted = self._advance(outcome.width)
@@ -186,7 +195,7 @@ class Run:
             usual = False
             for flight in self.flights:  # which the host lands late
                 flight.usual = False
-        return _Flight(arm, outcome.width, counted, letter, started, active, tried, usual)
+        return _Flight(arm, outcome.width, counted, letter, started, active, arm_index, lost, usual)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -201,15 +210,31 @@ class Run:
             mute |= {name for name, drafter in self.drafters.items() if drafter.on_host}
         return [index for index, arm in enumerate(self.arms) if arm.drafter in mute]
 
-    def _attempt(self, arm_index: int | None, arm: Arm) -> Outcome | None:
-        """None: its drafter proposes nothing, so that another arm has its chance."""
-        on_host = bool(arm.length) and self.drafters[arm.drafter].on_host
-        if on_host and arm_index is not None:
+    def _is_on_host(self, arm: Arm) -> bool:
+        return bool(arm.length) and self.drafters[arm.drafter].on_host
+
+    def _expects_nothing(self, arm_index: int) -> bool:
+        """Whether an arm on the host can tell, from a text that is a step old, that it would give way."""
+        arm = self.arms[arm_index]
+        if not (self.flights and self.selector.gives_way and self._is_on_host(arm)):
+            return False
+        try:
+            return self._proposer(arm_index, arm).expects_nothing(self.state, arm.length)
+        except DrafterFailed as failure:
+            self._quarantine(arm.drafter, str(failure))
+            return True
+
+    def _proposer(self, arm_index: int | None, arm: Arm) -> Proposer:
+        if arm_index is not None and self._is_on_host(arm):
             self.state.rival = self.selector.rival(arm_index)
         if arm.drafter not in self.proposers:
             self.proposers[arm.drafter] = _Guarded(partial(self._start, arm.drafter))
-        proposer = self.proposers[arm.drafter]
-        if self.workspace is not None and not on_host:
+        return self.proposers[arm.drafter]
+
+    def _attempt(self, arm_index: int | None, arm: Arm) -> Outcome | None:
+        """None: its drafter proposes nothing, so that another arm has its chance."""
+        proposer = self._proposer(arm_index, arm)
+        if self.workspace is not None and not self._is_on_host(arm):
             return self.workspace.take(arm, proposer)
         proposer.prepare(self.state)
         draft = proposer.propose(self.state, arm.length)
@@ -270,25 +295,24 @@ class Run:
             self._advance(grown)
         for reader in flight.counted:
             reader.stale -= flight.width - grown
-        critical = self._critical(rows) if self._any_drafts else None
+        if flight.arm_index is None:
+            return
         pairs = None  # a plain step says nothing of its rows
-        if any(self.arms[index].length for index, _ in flight.tried):
+        if flight.arm.length:
             pairs = [(0, 0)] * len(state.texts)
             for row, step in zip(rows, record.rows, strict=True):
                 pairs[row] = step.drafted, step.accepted
-        for place, (index, before) in enumerate(flight.tried):  # those that gave way hear what came of trying them
-            self._untold.append(
-                partial(
-                    self.selector.update,
-                    index,
-                    record.accepted,
-                    record.drafted,
-                    rows=pairs,
-                    critical=critical,
-                    seconds=max(record.seconds - before, 0.0) if flight.usual else None,
-                    stood_in=place > 0,
-                )
+        self._untold.append(
+            partial(
+                self.selector.update,
+                flight.arm_index,
+                record.accepted,
+                record.drafted,
+                rows=pairs,
+                critical=self._critical(rows) if self._any_drafts else None,
+                seconds=max(record.seconds - flight.lost, 0.0) if flight.usual else None,
             )
+        )
 
     def _tell(self) -> None:
         for update in self._untold:

@@ -289,15 +289,37 @@ def test_policy_hears_the_checked_facts_after_the_counts():
         def _learn(self, step):
             heard.append((step, self._stats[step.arm].n_pulls))
 
+        def _charge(self, arm, seconds):
+            heard.append((arm, seconds))
+
     selector = Listener(2, 1)
     selector.begin(2)
     selector.update(1, 3, 8, rows=[[4, 1], [4, 2]], critical=[True, False], seconds=1)
-    selector.update(1, 0, 0, stood_in=True)
+    selector.update(1, 0, 0)
+    selector.give_way(1, 2)
     assert heard == [
         2,
-        (Feedback(1, 3, 8, ((4, 1), (4, 2)), [True, False], 1.0, False), 1),
-        (Feedback(1, 0, 0, None, None, None, True), 2),
+        (Feedback(1, 3, 8, ((4, 1), (4, 2)), [True, False], 1.0), 1),
+        (Feedback(1, 0, 0, None, None, None), 2),
+        (1, 2.0),
     ]
+
+
+def test_a_selection_that_gave_way_comes_to_nothing():
+    selector = selector_of("thompson")
+    arm = selector.select()
+    selector.give_way(arm)
+    assert selector._outstanding == [0] * selector.n_arms and not selector._pending
+    assert selector.t == 0 and selector.stats[arm].n_pulls == 0
+
+
+@pytest.mark.parametrize("facts", [(9,), (-1,), (0, -1.0), (0, float("nan")), (0, "1")])
+def test_giving_way_is_checked(facts):
+    selector = selector_of("thompson")
+    before = selector.to_json()
+    with pytest.raises(ValueError):
+        selector.give_way(*facts)
+    assert selector.to_json() == before
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from decoding import TakingTurns, every_drafter, open_run
 from fakes import MarkovModel, ScriptedDrafter, greedy_text
 from torch import Tensor
 
 from flashspec.bandit import AutoSelector
-from flashspec.drafters.base import Drafter
+from flashspec.core import Draft
+from flashspec.drafters.base import DraftContext, Drafter, Proposer
 
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
 
@@ -24,6 +25,7 @@ class Noting(TakingTurns):
         super().__init__(n_arms)
         self.notes: list[dict[str, Any]] = []
         self.begun: list[int] = []
+        self.gave_way: list[tuple[int, float]] = []
 
     def _begin(self, rows: int) -> None:
         self.begun.append(rows)
@@ -31,6 +33,10 @@ class Noting(TakingTurns):
     def update(self, arm: int, *counts: Any, **facts: Any) -> None:
         self.notes.append({"arm": arm, **facts})
         super().update(arm, *counts, **facts)
+
+    def give_way(self, arm: int, seconds: float = 0.0) -> None:
+        self.gave_way.append((arm, seconds))
+        super().give_way(arm, seconds)
 
     @property
     def heard(self) -> list[tuple[int, float | None]]:
@@ -96,6 +102,13 @@ class Yielding(Noting):
     gives_way = True
 
 
+class First(Yielding):
+    """The first arm there is."""
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        return arms[0]
+
+
 def test_only_rows_that_may_end_last_are_critical() -> None:
     """Two have most to write; one less, and one would, but meets its stop token in the first step."""
     selector, prompts = Noting(2), [[1], [3], [5], [2]]
@@ -116,7 +129,7 @@ def test_only_rows_that_may_end_last_are_critical() -> None:
     assert [note["critical"] for note in selector.notes] == [[True, True, False, False]] and selector.begun == [4]
 
 
-def test_arms_that_gave_way_hear_that_they_were_the_first_choice_and_took_longer() -> None:
+def test_arms_that_gave_way_are_charged_for_their_time_and_nobody_else_is() -> None:
     now = [0.0]
 
     def nothing(text: list[int], length: int) -> list[int]:
@@ -127,17 +140,71 @@ def test_arms_that_gave_way_hear_that_they_were_the_first_choice_and_took_longer
     run = open_run(TARGET, [[1, 2]], ["mute:2", "model:2"], drafters, 20, selector=selector, temperature=0)
     run.clock = lambda: now[0]
     list(run)
-    pairs = [(first, second) for first, second in pairwise(selector.notes) if second["stood_in"]]
-    assert len(pairs) > 3
-    for first, second in pairs:
-        assert (first["arm"], second["arm"], first["stood_in"]) == (0, 1, False)
-        assert (first["seconds"], second["seconds"]) == (5, 0) and first["rows"] == second["rows"]
+    assert len(selector.gave_way) > 3 and set(selector.gave_way) == {(0, 5.0)}
+    assert set(selector.heard) == {(1, 0.0)}
 
 
-def test_rows_are_told_of_steps_in_which_every_arm_gave_way() -> None:
+def test_nobody_is_told_of_a_step_in_which_every_arm_gave_way() -> None:
     selector, drafters = Yielding(1), {"mute": ScriptedDrafter(lambda text, length: [])}
     list(open_run(TARGET, [[1], [2]], ["mute:2"], drafters, 4, selector=selector, temperature=0))
-    assert [note["rows"] for note in selector.notes] == [[(0, 0)] * 2] * 4
+    assert not selector.notes and len(selector.gave_way) == 4
+
+
+class Hinting(Drafter):
+    """Drafts at every fifth place of a text, and can tell two tokens ahead."""
+
+    name, on_host = "hinting", True
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.fault = fault
+        self.asked: list[int] = []
+
+    def start(self, context: DraftContext) -> Proposer:
+        drafter = self
+
+        class Hints(Proposer):
+            def expects_nothing(self, context: DraftContext, length: int) -> bool:
+                drafter.asked.append(len(context.texts[0]))
+                if drafter.fault is not None:
+                    raise drafter.fault
+                return len(context.texts[0]) % 5 < 3
+
+            def propose(self, context: DraftContext, length: int) -> Draft:
+                size = int(len(context.texts[0]) % 5 == 0)
+                return Draft(torch.zeros(1, size, dtype=torch.int64), torch.tensor([size]))
+
+        return Hints()
+
+
+def hinted(lag: int, fault: Exception | None = None) -> tuple[list[int], list[str], Noting, Hinting, list[int]]:
+    """The text, the steps, what is told, the drafter, and how many steps were under way at each launch."""
+    selector, drafter, ahead = First(2), Hinting(fault), list[int]()
+    run = open_run(
+        TARGET, [[1]], ["hinting:1", "plain"], {"hinting": drafter}, 20, selector=selector, lag=lag, temperature=0
+    )
+    launch = run._launch
+    run._launch = lambda *step: (ahead.append(len(run.flights)), launch(*step))[1]  # type: ignore[assignment, func-returns-value]
+    steps = [str(output.record.arm) for output in run]
+    return run.state.texts[0][1:], steps, selector, drafter, ahead
+
+
+def test_the_device_waits_only_for_a_host_drafter_that_may_have_something_to_say() -> None:
+    text, arms, selector, drafter, ahead = hinted(lag=1)
+    assert text == greedy_text(TARGET, [1], 20)
+    assert arms.count("hinting:1") >= 3 and ahead.count(1) > len(ahead) / 2
+    assert ahead.count(0) == 1 + sum(length % 5 >= 3 for length in drafter.asked)
+    assert len(selector.gave_way) == len(ahead) - arms.count("hinting:1")
+
+
+def test_where_the_host_knows_the_text_it_asks_nobody_what_may_come() -> None:
+    text, arms, _, drafter, _ = hinted(lag=0)
+    assert text == greedy_text(TARGET, [1], 20) and "hinting:1" in arms and not drafter.asked
+
+
+def test_a_drafter_that_cannot_even_tell_is_set_aside() -> None:
+    with pytest.warns(RuntimeWarning, match="'hinting' is set aside for this request: RuntimeError: broken"):
+        text, _, _, drafter, _ = hinted(1, RuntimeError("broken"))
+    assert text == greedy_text(TARGET, [1], 20) and len(drafter.asked) == 1
 
 
 def on_host(script: Callable[[list[int], int], list[int]]) -> dict[str, Drafter]:
