@@ -39,8 +39,9 @@ def run(
 ) -> report.Result:
     """Decode every prompt with every method; returns {"kind", "provenance", "settings", "rows"}, written to `output`
     with CSV and plot beside it. Every rate is tokens over wall time from call to last token, prefill included; a row's
-    figures are medians over its batches, speed-ups medians of per-batch ratios. speedup_vs_hf is over the fastest of
-    transformers' plain and compiled generate; null where the other side of a ratio was not among the methods.
+    speeds are medians over its batches, speed-ups medians of per-batch ratios, acceptance is that of all answers
+    together. speedup_vs_hf is over the fastest of transformers' plain and compiled generate; null where the other side
+    of a ratio was not among the methods.
     acceptance_per_position: of the draft tokens at each position, the share that was accepted. device None: what the
     machine has. drafters: names, ids, folders of models or heads, GGUF files; none of them: the default ones. methods:
     as `make_method` has them. first_call_seconds: of the first call of a method in the run, which is no take: it
@@ -144,13 +145,10 @@ def _speedup(takes: list[Take], baseline: list[Take] | None) -> float | None:
 
 
 def _acceptance_length(takes: list[Take]) -> float | None:
-    """Tokens emitted a row per target forward."""
-    lengths = [
-        sum(step.emitted for step in take.steps) / sum(len(step.rows) for step in take.steps)
-        for take in takes
-        if take.steps
-    ]
-    return round(median(lengths), 3) if lengths else None
+    """Tokens emitted a row per target forward, of all answers together."""
+    steps = [step for take in takes for step in take.steps]
+    forwards = sum(len(step.rows) for step in steps)
+    return round(sum(step.emitted for step in steps) / forwards, 3) if forwards else None
 
 
 def _acceptance_per_position(takes: list[Take]) -> list[float] | None:

@@ -48,6 +48,11 @@ def test_speedups_are_medians_of_per_prompt_ratios() -> None:
     assert by_method["auto"]["same_text_as_hf_float32"] == by_method["auto"]["same_text_as_plain"] == 1.0
 
 
+def test_acceptance_is_that_of_all_answers_together() -> None:
+    (row,) = summarise("set", {"auto": [take(10, 1.0, 10), take(10, 1.0, 10), take(40, 1.0, 10)]}, {})
+    assert row["acceptance_length"] == 2.0
+
+
 def test_a_batch_counts_all_its_rows() -> None:
     """Two rows of five tokens in two seconds and five steps; one of them is not what the baseline wrote."""
     steps = tuple(StepRecord(PLAIN, (RowStep(0, 0, 1), RowStep(0, 0, 1)), 0.4) for _ in range(5))
