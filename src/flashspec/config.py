@@ -56,7 +56,8 @@ class SamplingConfig(_Config):
 
 
 class BanditConfig(_Config):
-    """Which arm next. n_arms None: as many as the engine has. window_size 0: all history."""
+    """Which arm next. n_arms None: as many as the engine has. window_size, in steps: 0 is all history; `auto`
+    forgets after a hundred at the latest."""
 
     strategy: Strategy = "auto"
     n_arms: int | None = Field(None, ge=1)

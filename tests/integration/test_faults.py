@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from decoding import EVERY_ARM, TakingTurns, decode, engine_of, every_drafter, open_run
@@ -351,3 +353,32 @@ def test_who_sits_out_reads_no_more_than_the_text_when_it_comes_back() -> None:
         pass
     assert run.state.texts[0][2:] == greedy_text(target, [1, 2], 200)
     assert sum(read) < 300
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_reader_that_read_for_an_arm_which_gave_way_is_known_to_be_behind(lag: int) -> None:
+    """A drafter with a cache of its own that proposes nothing at every other of its steps."""
+    target = MarkovModel.random(7, seed=12)
+
+    class Shy(ModelDrafter):
+        def start(self, context: DraftContext) -> Proposer:
+            proposer, steps = super().start(context), count(1)
+
+            class Shily(Proposer):
+                def prepare(self, context: DraftContext) -> None:
+                    proposer.prepare(context)
+
+                def propose(self, context: DraftContext, length: int) -> Draft:
+                    draft = proposer.propose(context, length)
+                    return draft if next(steps) % 2 else Draft.empty(1, context.tokens.device)
+
+            return Shily()
+
+    truth = [1, 2, *greedy_text(target, [1, 2], 160)]
+    drafters = {"shy": Shy(target), "right": ScriptedDrafter(lambda text, n: truth[len(text) :][:n])}
+    run = open_run(target, [[1, 2]], ["shy:4", "right:8"], drafters, 150, lag=lag, selector=GivingWay(2), temperature=0)
+    for _ in run:
+        written = len(run.state.texts[0])
+        if not run.flights:  # what is under way has read more than the host knows
+            assert all(written - 1 - int(reader.cached[0]) <= reader.stale for reader in run.state.readers)
+    assert run.state.texts[0] == truth[:152]

@@ -204,3 +204,40 @@ def test_a_conversation_forgets_the_cache_of_a_drafter_that_failed() -> None:
         for message in ("hello", "and now?"):
             list(talk.send(message, 30))
             assert talk.last.result().output_ids.tolist() == engine.generate(talk.messages[:-1], 30).output_ids.tolist()
+
+
+def test_a_conversation_forgets_what_was_read_when_the_target_failed() -> None:
+    """One forward spoils the cache and ends the answer; the next question is answered as if nothing had been."""
+
+    class Failing(MarkovModel):
+        failing = False
+
+        def forward(self, token_ids, positions, cache, *arguments, **options):  # type: ignore[no-untyped-def]
+            hidden = super().forward(token_ids, positions, cache, *arguments, **options)
+            if self.failing:
+                cache.keys.fill_(7.0)
+            return hidden
+
+        def logits(self, hidden):  # type: ignore[no-untyped-def]
+            return super().logits(hidden) * (float("nan") if self.failing else 1.0)
+
+    target = Failing.random(128, seed=45)
+    engine = engine_of(target, tokenizer=byte_tokenizer())
+    talk = engine.conversation()
+    for message, target.failing in (("hello", False), ("and now?", True), ("again", False)):
+        list(talk.send(message, 20))
+        answer = talk.last.result()
+        assert (answer.finish_reasons[0] == "error") is target.failing
+    assert answer.output_ids.tolist() == engine.generate(talk.messages[:-1], 20).output_ids.tolist()
+
+
+def test_a_question_has_to_wait_for_the_answer_that_is_being_read() -> None:
+    _, engine = chatting(["first answer", "second one"])
+    talk = engine.conversation()
+    answer = talk.send("q0", 20)
+    first = next(answer).text
+    with pytest.raises(RuntimeError, match="still being read"):
+        talk.send("q1", 20)
+    assert first + "".join(chunk.text for chunk in answer) == "first answer"
+    assert [message["content"] for message in talk.messages] == ["q0", "first answer"]
+    assert "".join(chunk.text for chunk in talk.send("q1", 20)) == "second one"

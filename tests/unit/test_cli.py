@@ -309,6 +309,8 @@ def test_logits_that_are_not_finite_end_the_text_and_say_so(invoke, shelf):
     shelf.models["smollm2"] = LoadedModel(MarkovModel(table), letter_tokenizer(), (), "smollm2")
     status, _, err = invoke(*generate("abc", "--arm", "plain"))
     assert status == 1 and "the target's logits are not finite" in err
+    status, out, err = invoke(*generate("abc", "--arm", "ngram:2", "--compare", "--json"))
+    assert status == 1 and "the target's logits are not finite" in err and json.loads(out)["tokens"] == 0
     assert "the target's logits are not finite" in invoke("chat", "--device", "cpu", "--arm", "plain", stdin="a\n")[2]
 
 

@@ -44,6 +44,14 @@ def span(file: str, figure: str, kept: Callable[[Row], bool] = lambda row: True,
 
 STEPS, START = "steps-8b-h200.json", "start-8b-h200.json"
 OURS = {"part": "forward", "method": "flashspec"}
+FIVE = " / ".join(5 * [r"([\d.]+)"])
+
+
+def by_batch(method: str) -> list[float]:
+    """Over plain decoding of as many rows."""
+    return [row["speedup_vs_plain"] for row in rows("batches-8b-h200.json") if row["method"] == method]
+
+
 CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers in brackets, and what they should be
     (r"a plain step takes ([\d.]+) ms", lambda: [the(STEPS, "microseconds", part="step", arm="plain") / 1e3]),
     (r"its forward at ([\d.]+) of the memory's speed", lambda: [the(STEPS, "mbu", width=1, **OURS)]),
@@ -61,6 +69,8 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
         r"At temperature 0.7 `eagle3:4` yields ([\d.]+) to ([\d.]+) times plain",
         lambda: span("heads-8b-t07-h200.json", "speedup_vs_plain", method="eagle3:4"),
     ),
+    (rf"`auto` {FIVE} times plain\s+decoding, `ngram:4`", lambda: by_batch("auto")),
+    (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: by_batch("ngram:4")),
 ]
 
 

@@ -35,7 +35,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """missing: rows that the new file lacks. same_hardware: whether absolute figures were compared, too."""
+    """missing: rows, and figures of rows, that the new file lacks. same_hardware: whether absolute figures were
+    compared, too."""
 
     changes: list[Change]
     missing: list[str]
@@ -83,7 +84,16 @@ def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
         if _is_compared(figure, old_rows[key], same, sampled)
         and (change := _change(key, figure, old_rows[key], new_rows[key], tolerance))
     ]
-    return Comparison(changes, [_label(key) for key in old_rows if key not in new_rows], same)
+    missing = [_label(key) for key in old_rows if key not in new_rows]
+    missing += [
+        f"{_label(key)} {figure.heading}"
+        for key in common
+        for figure in COLUMNS[kind]
+        if _is_compared(figure, old_rows[key], same, sampled)
+        and old_rows[key].get(figure.key) is not None
+        and new_rows[key].get(figure.key) is None
+    ]
+    return Comparison(changes, missing, same)
 
 
 def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -161,7 +161,7 @@ def steps(
     help="How far a figure may fall. Shares of the same text may not.",
 )
 def compare(old: Path, new: Path, tolerance: float) -> None:
-    """Whether NEW is slower than OLD, accepts less or writes other texts; exit status 1 if so."""
+    """Whether NEW is slower than OLD, accepts less, writes other texts or lacks figures; exit status 1 if so."""
     from rich.console import Console
 
     from flashspec.bench.compare import compare as compare_files
@@ -174,6 +174,9 @@ def compare(old: Path, new: Path, tolerance: float) -> None:
         raise FlashSpecError(
             f"{count} of {total} figures fell, by more than {tolerance:.0%} or, of the same text, at all"
         )
+    if found.missing:
+        count, named = len(found.missing), ", ".join(found.missing[:3])
+        raise FlashSpecError(f"{new} lacks {count} things that {old} has: {named}{', …' if count > 3 else ''}")
 
 
 def _measure(run: Callable[..., dict[str, Any]], options: dict[str, Any]) -> None:

@@ -45,7 +45,8 @@ def generate(
     generation = engine.stream(asked)
     interrupted = write(generation, silent=as_json)
     result = generation.result()
-    plain = _decode_plain(engine, asked, result) if comparing and not interrupted else None
+    comparable = result.n_tokens_generated > 0 and not interrupted
+    plain = _decode_plain(engine, asked, result) if comparing and comparable else None
     comparison = None if plain is None else compare(result, plain)
     if as_json:
         names = {"target": options.target, "selector": options.selector}

@@ -134,10 +134,11 @@ class Generation:
 
     def _end(self, run: Run) -> None:
         texts = run.state.texts[: len(self.prompts)]
+        failed = any(row.finish is FinishReason.ERROR for row in self.rows)
         if run.workspace is not None:
-            if run.broken or any(row.finish is FinishReason.ERROR for row in self.rows):
+            if run.broken or failed:
                 run.workspace.wipe()
-        elif self.memory is not None:  # a drafter that failed may have left its cache half written
+        elif self.memory is not None and not failed:  # a drafter that failed may have left its cache half written
             self.memory.keep(texts[0], run.state.readers[:1] if run.broken else run.state.readers)
         for drafter in self.engine.drafters.values():
             drafter.learn(texts)
@@ -150,11 +151,14 @@ class Conversation:
         self.engine = engine
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.memory = PrefixCache()
+        self._reading = False
 
     def send(self, message: str, max_new_tokens: int | None = None, **changes: Any) -> Iterator[Chunk]:
         """Ask, and stream the answer. The question joins the messages at once, if it can be answered: ValueError as for
         `generate`. The answer is written while it is read, and joins them when it ends, or is left early; the next
-        question takes the place of one whose answer nobody began to read."""
+        question takes the place of one whose answer nobody began to read. RuntimeError while one is being read."""
+        if self._reading:
+            raise RuntimeError("the answer before is still being read: read it to its end, or close it")
         if self.messages and self.messages[-1]["role"] == "user":  # nobody read its answer
             self.messages = self.messages[:-1]
         messages = [*self.messages, {"role": "user", "content": message}]
@@ -163,7 +167,9 @@ class Conversation:
         return self._answer(self.last)
 
     def _answer(self, generation: Generation) -> Iterator[Chunk]:
+        self._reading = True
         try:
             yield from generation
         finally:
+            self._reading = False
             self.messages.append({"role": "assistant", "content": generation.result().text})

@@ -171,6 +171,7 @@ class Run:
         started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing, but what follows waits for it
         usual = not self.lag or bool(self.flights or self._landed)
         gave_way, lost = list[int](), 0.0
+        ready = [reader for reader in state.readers if reader.takes_part]
         while True:
             try:
                 outcome = self._attempt(arm_index, arm)
@@ -181,6 +182,9 @@ class Run:
             if outcome is not None:
                 break
             assert arm_index is not None  # plain decoding never gives way
+            for reader in state.readers:
+                if reader not in ready:
+                    reader.sits_out()
             gave_way.append(arm_index)
             before, lost = lost, self.clock() - started
             self._untold.append(partial(self.selector.give_way, arm_index, lost - before))

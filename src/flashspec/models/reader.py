@@ -67,6 +67,10 @@ class Reader:
         """The host's note that the next step will leave this reader only `lag` behind."""
         self._takes_part = True
 
+    def sits_out(self) -> None:
+        """That it will not after all, though it has caught up."""
+        self._takes_part = False
+
     def restart(self, bound: int, kept: int = 0) -> None:
         """Begin a text of at most `bound` tokens, of which the first `kept` are in the cache already."""
         self.cached.fill_(kept)

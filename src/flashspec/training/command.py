@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,13 +106,17 @@ def train_drafter(
     """Train a drafter for the target `source` into the folder `out`. prompts None: the target thinks of its own.
     texts: the `out` of an earlier training of the same target, whose texts are taken in place of new ones.
 
-    resume: go on where an earlier call with the same settings ended, or with more time. FlashSpecError or ValueError
-    says in a sentence what cannot be done."""
+    resume: go on where an earlier call with the same settings, prompts and texts ended, or with more time.
+    FlashSpecError or ValueError says in a sentence what cannot be done."""
     begun, work = clock(), _Work(out)
     _check_place(work, resume)
     target = load_target(source, device, progress)
-    _check_agreement(work, target, settings)
-    write_json(work.run, {"target": target.loaded.name, "target_hash": target.hash(), **_fixed(settings)})
+    source_of_texts = _source_of_texts(prompts, texts)
+    _check_agreement(work, target, settings, source_of_texts)
+    write_json(
+        work.run,
+        {"target": target.loaded.name, "target_hash": target.hash(), "texts": source_of_texts, **_fixed(settings)},
+    )
     if texts is not None and not work.written.exists():
         _adopt(work, _Work(texts), target)
     folder = RolloutFolder.open(work.rollouts)
@@ -174,6 +179,15 @@ def _adopt(work: _Work, other: _Work, target: Target) -> None:
     write_json(work.written, {**read_json(other.written), "seconds": 0.0})
 
 
+def _source_of_texts(prompts: Path | None, texts: Path | None) -> str:
+    """Where the texts come from, in words that are others for another file or folder."""
+    if texts is not None:
+        return f"the texts in {texts.resolve().name}"
+    if prompts is None:
+        return "prompts that the target thinks of"
+    return f"the prompts in {prompts.name} (SHA-256 {hashlib.sha256(prompts.read_bytes()).hexdigest()[:8]})"
+
+
 def _fixed(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in _FIXED}
 
@@ -193,7 +207,7 @@ def _check_place(work: _Work, resume: bool) -> None:
         raise FlashSpecError(f"{out} holds {what}: choose another --out")
 
 
-def _check_agreement(work: _Work, target: Target, settings: Settings) -> None:
+def _check_agreement(work: _Work, target: Target, settings: Settings, source_of_texts: str) -> None:
     if not work.run.exists():
         return
     earlier = read_json(work.run)
@@ -202,6 +216,8 @@ def _check_agreement(work: _Work, target: Target, settings: Settings) -> None:
             f"{work.out} holds a drafter for {earlier['target']} with other weights than {target.loaded.name}'s: "
             "choose another --out"
         )
+    if earlier["texts"] != source_of_texts:
+        raise ValueError(f"this asks for {source_of_texts}, but {work.out} was begun with {earlier['texts']}")
     for name, value in _fixed(settings).items():
         if earlier[name] != value:
             raise ValueError(f"{name} is {value}, but {work.out} was begun with {earlier[name]}")

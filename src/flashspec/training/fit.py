@@ -118,6 +118,7 @@ class Fit:
             self._finite(loss)
         if at.seconds >= self.seconds and at.measures[-1].tokens < at.tokens:
             self._look(measured)
+        self._check(all(bool(weight.isfinite().all()) for weight in self.head.parameters()), "a weight is not finite")
         save()
 
     def learning_rate(self) -> float:
@@ -128,12 +129,15 @@ class Fit:
 
     def _finite(self, loss: Tensor) -> float:
         value = float(loss)
-        if not math.isfinite(value):
+        self._check(math.isfinite(value), f"the loss is {value}")
+        return value
+
+    def _check(self, sound: bool, what: str) -> None:
+        if not sound:
             raise FlashSpecError(
-                f"the loss is {value} after {self.position.steps} steps: take a smaller learning rate than "
+                f"{what} after {self.position.steps} steps: take a smaller learning rate than "
                 f"{self.settings.learning_rate:g}; the last checkpoint is intact"
             )
-        return value
 
     def _step(self, indices: list[int]) -> Tensor:
         """The loss, which nobody has waited for."""
@@ -167,8 +171,9 @@ class Fit:
             rows = zip(accepted.tolist(), batch.starts.tolist(), batch.lengths.tolist(), strict=True)
             taken += [count for row, start, length in rows for count in walk(row, start, length, gamma)]
         rates, length = summarise(taken, gamma)
-        at = self.position
-        at.measures.append(Measure(at.seconds, at.tokens, sum(losses) / len(losses), rates, length))
+        at, mean = self.position, sum(losses) / len(losses)
+        self._check(math.isfinite(mean), f"the loss on held-out text is {mean}")
+        at.measures.append(Measure(at.seconds, at.tokens, mean, rates, length))
         measured(at.measures[-1])
 
     def _precision(self) -> torch.autocast:

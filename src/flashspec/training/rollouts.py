@@ -134,7 +134,7 @@ class Writer:
         self.engine = SpeculativeEngine(config, [], silent, arms=["plain"])
         self.length = min(length, target.decoder.max_context)
         self._over = over
-        self._seeds = count(seed * 1_000_003)
+        self._seeds = count(seed * 1_000_003 % 2**62)
 
     def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0, whole: bool = True) -> list[Prompt]:
         """What the target adds to each; cut short when time is over and, unless they should be whole, when most of the

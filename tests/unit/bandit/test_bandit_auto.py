@@ -141,13 +141,13 @@ def test_an_absurdly_low_guess_is_soon_put_right() -> None:
 
 
 def test_guesses_made_on_a_busy_machine_leave_no_arm_untried() -> None:
-    """All three times too slow; the best arm is guessed to be the dearest."""
-    arms = [("", 0), ("good", 4), ("bad", 4)]
-    takes = [1.0, 1.2, 1.2]
-    for seed in range(5):
+    """All three times too slow, so that the arm whose steps are measured first looks three times as quick as others."""
+    arms = [("", 0), ("fair", 4), ("good", 4)]
+    takes, accepted = [1.0, 1.2, 1.2], [0, 1, 3]
+    for seed in range(20):
         selector = selector_of(seed, arms=arms, seconds=[3.0, 3.6, 3.6])
-        decisions = play(selector, lambda arm: Decision(arm, 3 * (arm == 1), 4 * (arm > 0), seconds=takes[arm]), 60)
-        assert sum(decision.arm == 1 for decision in decisions) > 40
+        decisions = play(selector, lambda arm: Decision(arm, accepted[arm], arms[arm][1], seconds=takes[arm]), 100)
+        assert sum(decision.arm == 2 for decision in decisions) > 80
 
 
 def test_guesses_are_never_raised() -> None:

@@ -60,6 +60,16 @@ def test_bad_batch_sizes_are_one_sentence(value: str, capsys: pytest.CaptureFixt
     assert "should be numbers from 1 up, such as 1,4,16" in capsys.readouterr().err
 
 
+def test_compare_ends_with_status_1_where_a_row_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name for name in ("old.json", "new.json")]
+    for path, methods in zip(paths, (["plain", "auto"], ["plain"]), strict=True):
+        rows = [{"prompts": "set", "method": method, "tokens_per_second": 9.0} for method in methods]
+        path.write_text(json.dumps({"provenance": {"hardware": {"gpu": "A"}}, "rows": rows}))
+    assert run(["bench", "compare", *map(str, paths)]) == 1
+    assert f"{paths[1]} lacks 1 things that {paths[0]} has: set auto 1\n" in capsys.readouterr().err
+    assert run(["bench", "compare", *map(str, reversed(paths))]) == 0
+
+
 def test_compare_ends_with_status_1_where_something_fell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(tmp_path / name) for name in ("old.json", "new.json")]
     for path, speed in zip(paths, (100.0, 90.0), strict=True):

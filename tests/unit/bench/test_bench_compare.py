@@ -43,6 +43,13 @@ def test_times_that_grow_are_falls(tmp_path: Path) -> None:
     assert not compare(new, old).regressions
 
 
+def test_figures_that_vanished_are_missing(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.json", [endtoend("auto", 200.0, 2.0)])
+    new = write(tmp_path / "new.json", [endtoend("auto", 200.0)])
+    assert compare(old, new).missing == ["set auto 1 vs plain"]
+    assert compare(new, old).missing == []
+
+
 def test_on_other_hardware_only_ratios_count(tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", [endtoend("auto", 200.0, 2.0)])
     new = write(tmp_path / "new.json", [endtoend("auto", 20.0, 1.5)], OTHER)

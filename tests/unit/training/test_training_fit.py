@@ -16,6 +16,7 @@ from flashspec.core import FlashSpecError
 from flashspec.models.checkpoint import read_json
 from flashspec.training import Kind, Outcome, Settings, train_drafter
 from flashspec.training.card import build_head, head_config
+from flashspec.training.command import _source_of_texts
 from flashspec.training.files import read_tensors
 from flashspec.training.measure import Measure
 from flashspec.training.rollouts import RolloutFolder
@@ -138,6 +139,17 @@ def test_more_time_goes_on_training(source: Path, tmp_path: Path) -> None:
     assert longer.measures[: len(short.measures)] == short.measures
     assert longer.measures[-1].tokens > short.measures[-1].tokens
     assert longer.measures[-1].loss < short.measures[-1].loss
+
+
+@pytest.mark.parametrize("every", [1.0, 25.0], ids=["at a look", "at the end"])
+def test_a_training_that_diverges_leaves_the_last_sound_checkpoint(source: Path, tmp_path: Path, every: float) -> None:
+    out = tmp_path / "head"
+    train(source, out, replace(SETTINGS, seconds=1.0))
+    before = {path: path.read_bytes() for path in (out / "model.safetensors", out / "training" / "state.safetensors")}
+    settings = replace(SETTINGS, seconds=4.0, learning_rate=1e30, measure_every=every)
+    with pytest.raises(FlashSpecError, match="the last checkpoint is intact"):
+        train(source, out, settings, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_the_texts_of_an_earlier_training(source: Path, tmp_path: Path) -> None:
@@ -277,6 +289,21 @@ class TestPlaces:
         with pytest.raises(ValueError, match=r"kind is medusa, but .* was begun with eagle3"):
             train(source, tmp_path / "head", replace(SETTINGS, kind=Kind.MEDUSA), resume=True)
 
+    def test_other_prompts_or_texts(self, source: Path, tmp_path: Path) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a b\n")
+        train(source, tmp_path / "head", stopped=StopAfter(0))
+        own = "was begun with prompts that the target thinks of"
+        with pytest.raises(ValueError, match=rf"this asks for the prompts in prompts.txt \(SHA-256 .*\), but .* {own}"):
+            train(source, tmp_path / "head", resume=True, prompts=prompts)
+        with pytest.raises(ValueError, match=rf"this asks for the texts in first, but .* {own}"):
+            train(source, tmp_path / "head", resume=True, texts=tmp_path / "first")
+        run = tmp_path / "head" / "training" / "run.json"
+        run.write_text(run.read_text().replace("prompts that the target thinks of", _source_of_texts(prompts, None)))
+        prompts.write_text("a c\n")
+        with pytest.raises(ValueError, match=r"was begun with the prompts in prompts.txt"):
+            train(source, tmp_path / "head", resume=True, prompts=prompts)
+
     def test_a_file_or_a_strangers_folder(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(FlashSpecError, match=r"is a file; it should be a folder"):
@@ -313,6 +340,11 @@ def test_settings_out_of_range_are_named(field: str, value: float) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_a_sentence(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = "take a smaller learning rate than 0.005"
+    with monkeypatch.context() as patch:
+        patch.setattr(flashspec.training.fit.Fit, "_step", lambda *_: torch.tensor(torch.nan))
+        with pytest.raises(FlashSpecError, match=f"the loss is nan after 1 steps: {advice}"):
+            train(source, tmp_path / "a")
     monkeypatch.setattr(flashspec.training.fit, "draft_loss", lambda head, *_: torch.nan * head.fc.weight.sum())
-    with pytest.raises(FlashSpecError, match=r"the loss is nan after 1 steps: take a smaller learning rate than 0.005"):
-        train(source, tmp_path / "head")
+    with pytest.raises(FlashSpecError, match=f"the loss on held-out text is nan after 0 steps: {advice}"):
+        train(source, tmp_path / "b")
