@@ -17,7 +17,7 @@ from flashspec.models.decoder import Decoder, DecoderConfig
 if not decoding.available(torch.device("cuda", 0)):
     pytest.skip("needs compute capability 8.0 and Triton", allow_module_level=True)
 
-CAPACITY, LENGTHS = 384, (5, 126, 250)
+CAPACITY, LENGTHS, TEXT = 600, (5, 126, 250), 540
 SHAPES = {
     "groups-of-4-128": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128},
     "groups-of-3-64": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64},
@@ -60,11 +60,10 @@ class Texts:
     def __init__(self, model: Decoder, capacity: int = CAPACITY) -> None:
         self.model = model
         generator = torch.Generator("cuda").manual_seed(1)
-        self.ids = torch.randint(0, 1003, (3, 300), generator=generator, device="cuda")
+        self.ids = torch.randint(0, 1003, (3, TEXT), generator=generator, device="cuda")
         self.cache = model.new_cache(3, capacity)
-        model.forward(
-            self.ids, torch.arange(300, device="cuda").expand(3, 300), self.cache, 300
-        )  # by PyTorch: too long
+        slots = torch.arange(TEXT, device="cuda").expand(3, TEXT)
+        model.forward(self.ids, slots, self.cache, TEXT)  # by PyTorch: too long
 
     def call(self, rows: tuple[int, ...], queries: int) -> tuple[Tensor, Tensor, KVCache]:
         starts = torch.tensor([[LENGTHS[row]] for row in rows], device="cuda")
@@ -77,7 +76,7 @@ class Texts:
         return self.model.logits(self.model.forward(ids, positions, cache, cache.capacity))
 
 
-@pytest.mark.parametrize("queries", [1, 5, 17, 25], ids="q{}".format)
+@pytest.mark.parametrize("queries", [1, 5, 17, 25, 128, 256], ids="q{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_fast_path_equals_pytorch(shape: dict, dtype: torch.dtype, queries: int) -> None:
@@ -104,7 +103,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(shape: dict) -> None:
             assert torch.equal(together[place], alone[row][:queries]), (rows, queries)
 
 
-@pytest.mark.parametrize("queries", [1, 5, 25], ids="q{}".format)
+@pytest.mark.parametrize("queries", [1, 5, 25, 128], ids="q{}".format)
 def test_a_graph_follows_lengths_that_change_on_the_device(queries: int) -> None:
     model = build(SHAPES["groups-of-4-128"], torch.bfloat16)
     texts = Texts(model, 5000)  # more than one chunk a split

@@ -172,6 +172,7 @@ class Attention:
         ([128, 257], 2, 260, 2, 96, False, 100),
         ([40], 17, 64, 8, 16, True, 7),
         ([4200], 3, 4200, 2, 16, False, None),
+        ([200], 70, 210, 1, 16, True, 40),
     ],
 )
 def test_attention_equals_its_twin(

@@ -19,9 +19,9 @@ from flashspec.sampling.sampler import Sampler
 
 SLACK = 65  # a draft of 64 and one more may be written behind the last row's end
 READERS = 16  # the most models that read a text, the target included
-# Tokens of a captured catching up: 16 by the kernels of a step, 128 by PyTorch, which takes less than twice as long for
-# few rows and a small cache, all of whose slots a graph attends to.
-CHUNKS = 16, 128
+# Tokens of a captured catching up: 16 by the products of a step, more by cuBLAS's, for few rows and a small cache, all
+# of whose slots a graph attends to.
+CHUNKS = 16, 128, 256
 MOST_IN_CHUNK, MOST_SLOTS = 512, 4096
 LONG_READ = 32  # tokens: a prompt, or what was written while a drafter was away
 
@@ -163,7 +163,7 @@ class DecodeState:
     def catch_up(self, reader: Reader) -> None:
         """Have a model read what it has not seen of the text."""
         self.long_reads += reader.stale > LONG_READ
-        if self.capture is None or reader.stale - reader.lag > CHUNKS[-1]:
+        if self.capture is None or reader.stale - reader.lag > max(self.chunks[-1], CHUNKS[1]):
             reader.catch_up(self.tokens, self.lengths, self.bound)
             return
         reader.joins_step()
@@ -179,8 +179,8 @@ class DecodeState:
     @property
     def chunks(self) -> tuple[int, ...]:
         """Of how many tokens a captured catching up may be."""
-        few = len(self.tokens) * CHUNKS[-1] <= MOST_IN_CHUNK and self.capacity <= MOST_SLOTS
-        return CHUNKS if few else CHUNKS[:1]
+        most = MOST_IN_CHUNK // len(self.tokens) if self.capacity <= MOST_SLOTS else 0
+        return CHUNKS[0], *(size for size in CHUNKS[1:] if size <= most)
 
     def prepare(self) -> None:
         """Prefill, or nothing: the target has read all but the last committed token when a step begins."""

@@ -24,7 +24,7 @@ from flashspec.kernels.tiling import overlapped
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
-MOST_PACKED = 32  # queries times query heads a program; further tiles find the cache in L2
+MOST_PACKED = 32, 64  # queries times query heads a program, the latter beyond 32 queries; others find the cache in L2
 LOG2_E = math.log2(math.e)
 
 
@@ -312,7 +312,7 @@ def attend(
     chunk = 32 if qkv.dtype == torch.float32 else SPLIT
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
-    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
+    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED[asked > 32])
     mixed, stats = (
         torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )

@@ -132,8 +132,8 @@ def test_a_host_s_drafts_get_to_the_graphs(prompts: list[list[int]]) -> None:
 
 def test_many_rows_and_long_caches_are_read_by_sixteen_tokens() -> None:
     engine, _ = engine_of(("plain",))
-    for size, chunks in {(4, 4096, 4): (16, 128), (8, 1024, 4): (16,), (1, 8192, 4): (16,)}.items():
-        assert DecodeState.allocate(engine.target, *size).chunks == chunks
+    for rows, capacity, chunks in (2, 4096, (16, 128, 256)), (4, 4096, (16, 128)), (8, 1024, (16,)), (1, 8192, (16,)):
+        assert DecodeState.allocate(engine.target, rows, capacity, 4).chunks == chunks
 
 
 def test_a_longer_text_gets_a_larger_workspace() -> None:
