@@ -58,6 +58,9 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
     def headline(name: str, **options: Any) -> Any:
         return text(name, ["plain", *arms, "ngram:4", "suffix:15", *SELECTORS], ["suffix", "ngram", *heads], **options)
 
+    def accepting(name: str, limit: int, **options: Any) -> Any:
+        return text(name, ["plain", *(arm for arm in arms if arm.endswith(":4"))], heads, limit, **options)
+
     def against(name: str, theirs: list[str], assistants: list[str], **options: Any) -> Any:
         methods = [*theirs, *LOOKUPS[:4], "auto@arms"]
         return text(name, methods, ["suffix", "ngram", *assistants], 2, max_new_tokens=64, **options)
@@ -79,6 +82,9 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         "heads-135m": lambda: headline("heads-135m"),
         "heads-8b-t07": lambda: headline("heads-8b-t07", shape="8b", temperature=0.7),
         "heads-135m-t07": lambda: headline("heads-135m-t07", temperature=0.7),
+        "accepted-135m": lambda: accepting("accepted-135m", 80),
+        "accepted-135m-t07": lambda: accepting("accepted-135m-t07", 80, temperature=0.7),
+        "accepted-8b": lambda: accepting("accepted-8b", 24, shape="8b"),
         "steps-8b": lambda: stepping("steps-8b", "8b", Plan(drafter_sizes=SIZES, baselines=BASELINES[:2])),
         "steps-1b": lambda: stepping("steps-1b", "1b", Plan(baselines=BASELINES[:2])),
         "steps-135m": lambda: stepping("steps-135m", "135m", Plan(baselines=BASELINES[:2])),

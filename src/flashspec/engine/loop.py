@@ -138,6 +138,9 @@ class Run:
 
     def __iter__(self) -> Iterator[StepOutput]:
         while any(self.state.active):
+            if not self._goes_on():
+                yield self._land()
+                continue
             self._tell()
             arm_index = self._choose()
             if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
@@ -200,6 +203,12 @@ class Run:
             for flight in self.flights:  # which the host lands late
                 flight.usual = False
         return _Flight(arm, outcome.width, counted, letter, started, active, arm_index, lost, usual)
+
+    def _goes_on(self) -> bool:
+        """Whether a row may be unfinished once all has landed that is under way: a step adds a token at least."""
+        state, ahead = self.state, len(self.flights)
+        rows = zip(state.active, state.texts, state.ends, strict=True)
+        return any(active and len(text) + ahead < end for active, text, end in rows)
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):

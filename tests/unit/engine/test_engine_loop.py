@@ -226,6 +226,14 @@ def test_a_host_drafter_s_step_is_launched_before_anything_else_is_done_with_the
     assert events.count("launch") == events.count("told") == events.count("read") > 4  # none behind the last token
 
 
+@pytest.mark.parametrize("prompts", [[[1]], [[1], [2, 2, 2]]])
+def test_no_step_is_launched_behind_the_last_token(prompts: list[list[int]]) -> None:
+    run = open_run(TARGET, prompts, ["plain"], {}, 12, lag=1, temperature=0)
+    launch, launched = run._launch, []
+    run._launch = lambda *step: (launched.append(len(run.flights)), launch(*step))[1]  # type: ignore[assignment, func-returns-value]
+    assert len(list(run)) == len(launched) == 12 and max(launched) == 1
+
+
 def test_what_has_landed_is_told_and_read_though_the_next_launch_fails() -> None:
     selector, written = Noting(1), list[int]()
     drafters = on_host(lambda text, length: [0] * length)
