@@ -44,12 +44,16 @@ def span(file: str, figure: str, kept: Callable[[Row], bool] = lambda row: True,
 
 STEPS, START = "steps-8b-h200.json", "start-8b-h200.json"
 OURS = {"part": "forward", "method": "flashspec"}
-FIVE = " / ".join(5 * [r"([\d.]+)"])
+THREE, FIVE = (" / ".join(count * [r"([\d.]+)"]) for count in (3, 5))
 
 
 def by_batch(method: str) -> list[float]:
     """Over plain decoding of as many rows."""
     return [row["speedup_vs_plain"] for row in rows("batches-8b-h200.json") if row["method"] == method]
+
+
+def by_set(file: str, method: str) -> list[float]:
+    return [row["acceptance_length"] for row in rows(file, method=method)]
 
 
 CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers in brackets, and what they should be
@@ -69,6 +73,10 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
         r"At temperature 0.7 `eagle3:4` yields ([\d.]+) to ([\d.]+) times plain",
         lambda: span("heads-8b-t07-h200.json", "speedup_vs_plain", method="eagle3:4"),
     ),
+    (rf"heads yield {THREE} tokens a forward \(`eagle3:4`\)", lambda: by_set("accepted-135m-h200.json", "eagle3:4")),
+    (rf"and {THREE} \(`medusa:4`\)", lambda: by_set("accepted-135m-h200.json", "medusa:4")),
+    (rf"at temperature 0.7 {THREE} and", lambda: by_set("accepted-135m-t07-h200.json", "eagle3:4")),
+    (rf"and {THREE} \(`accepted-135m-h200", lambda: by_set("accepted-135m-t07-h200.json", "medusa:4")),
     (rf"`auto` {FIVE} times plain\s+decoding, `ngram:4`", lambda: by_batch("auto")),
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: by_batch("ngram:4")),
 ]
