@@ -199,10 +199,10 @@ def test_every_program_has_one_piece_of_one_row() -> None:
 
 
 CUTS = {
-    "rejection": (2, 2, 3, 4),
-    "typical": (2, 2, 3, 4),
-    "coupled": (2, 5, 1, 1),
-    "greedy": (2, 2, 1, 1),
+    "rejection": (2, 2, 3, 4, 4),
+    "typical": (2, 2, 3, 4, 8),
+    "coupled": (2, 5, 1, 1, 8),
+    "greedy": (2, 2, 1, 1, 8),
 }
 
 

@@ -250,6 +250,7 @@ class Plan(NamedTuple):
     n_tiles: int
     draw_steps: int
     n_draws: int
+    draw_warps: int
 
 
 def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, processors: int) -> Plan:
@@ -257,8 +258,10 @@ def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, process
     size = STEP.value if variant == "coupled" else TILE.value
     steps, n_tiles = pieces(batch_size * sequences, vocab_size, size, PIECES * processors)
     if variant in ("coupled", "greedy"):
-        return Plan(steps, n_tiles, 1, 1)
-    return Plan(steps, n_tiles, *pieces(batch_size, vocab_size, STEP.value, processors))
+        return Plan(steps, n_tiles, 1, 1, WARPS)
+    draw_steps, n_draws = pieces(batch_size, vocab_size, STEP.value, processors)
+    draw_warps = 4 if draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
+    return Plan(steps, n_tiles, draw_steps, n_draws, draw_warps)
 
 
 def pieces(sequences: int, vocab_size: int, size: int, wanted: int) -> tuple[int, int]:
@@ -307,7 +310,6 @@ def verify_logits(
     results = num_accepted, next_token, failed
     shape = {"POSITIONS": height, "WIDTH": width, "CHUNKS": triton.cdiv(cut.n_tiles, width)}
     lanes = WARPS * 512 // target_logits.element_size()  # loads of 16 bytes a thread
-    draw_warps = 4 if cut.draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
     few = batch_size <= FEW_ROWS
     options = {"VARIANT": variant} | (overlapped(target_logits.device) if few else {"OVERLAP": False})
     with torch.cuda.device_of(target_logits):
@@ -316,7 +318,7 @@ def verify_logits(
         )
         steps = cut.n_tiles, cut.draw_steps
         _verdict_kernel[(cut.n_draws, batch_size)](
-            *common, results, gamma, vocab_size, *steps, epsilon, delta, **shape, num_warps=draw_warps, **options
+            *common, results, gamma, vocab_size, *steps, epsilon, delta, **shape, num_warps=cut.draw_warps, **options
         )
     return num_accepted, next_token, failed
 
