@@ -274,3 +274,22 @@ def test_an_id_outside_the_vocabulary_reads_no_other_memory() -> None:
     ids = torch.tensor([[-1, 5, 2**40]], device=DEVICE)
     hidden, *_ = elementwise.embed(ids, torch.zeros_like(ids), table, normal(16), normal(4), 1.0, 1)
     assert torch.equal(hidden, table[[0, 4, 4]])
+
+
+@pytest.mark.parametrize(
+    ("room", "chunk", "packed", "head", "fits"),
+    [
+        (231424, 128, 64, 256, (128, 64)),  # an H200, heads of 128 in 16 bits
+        (231424, 128, 64, 512, (128, 64)),
+        (100352, 128, 64, 256, (128, 64)),  # a card with 99 KB
+        (100352, 128, 64, 512, (64, 32)),
+        (100352, 32, 64, 1024, (32, 32)),  # heads of 256 in float32
+        (100352, 128, 16, 512, (64, 16)),
+    ],
+)
+def test_attention_takes_what_fits_into_shared_memory(
+    room: int, chunk: int, packed: int, head: int, fits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "shared_memory", lambda device: room)
+    found = attention._fitting(chunk, packed, head, torch.device("cpu"))
+    assert found == fits and (2 * found[0] + found[1]) * head <= room

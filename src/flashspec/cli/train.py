@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from flashspec.training.measure import Measure
 
 
+MINUTES = 20.0
+
+
 @click.command("train-drafter")
 @click.option("--target", default="smollm2", show_default=True, help="Hugging Face id, folder or GGUF file.")
 @click.option(
@@ -26,7 +29,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="A layer over the target's features, heads on its last one, or a small model of its own.",
 )
-@click.option("--minutes", type=float, default=20.0, show_default=True, help="For everything, the text included.")
+@click.option(
+    "--minutes",
+    type=float,
+    help=f"For everything, the text included.  [default: {MINUTES:g}; with --resume what it was begun with]",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="A new folder, or with --resume an old one."
 )
@@ -58,7 +65,7 @@ if TYPE_CHECKING:
 def train_drafter(
     target: str,
     kind: str,
-    minutes: float,
+    minutes: float | None,
     out: Path,
     prompts: Path | None,
     texts: Path | None,
@@ -71,19 +78,20 @@ def train_drafter(
     """Train a drafter for TARGET on text that the target writes itself. Ctrl-C keeps what there is.
 
     TARGET is of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2."""
-    if not 0 < minutes < float("inf"):
+    if minutes is not None and not 0 < minutes < float("inf"):
         raise click.UsageError(f"--minutes is {minutes:g}; it should be a number above 0")
     if resume and not out.exists():
         complain(f"there is nothing at --out {out} yet: the training begins there")
     with Waiting():
         from flashspec.models.loading import check_device
-        from flashspec.training import Kind, Settings
+        from flashspec.training import Kind, Settings, earlier_seconds
         from flashspec.training import train_drafter as train
 
         if device is not None:
             check_device(device)
+        seconds = 60 * minutes if minutes is not None else (resume and earlier_seconds(out)) or 60 * MINUTES
         settings = Settings.of(
-            Kind(kind), shares_lm_head=share_lm_head, seconds=60 * minutes, seed=seed, draft_vocab=draft_vocab
+            Kind(kind), shares_lm_head=share_lm_head, seconds=seconds, seed=seed, draft_vocab=draft_vocab
         )
     console = stderr()
     with interruptible() as pressed, Bar(console) as bar:
@@ -102,7 +110,8 @@ def train_drafter(
     if outcome.measures:
         console.print(_table(outcome))
     if outcome.interrupted:
-        console.print(f"stopped; --resume goes on in {outcome.folder}", soft_wrap=True, markup=False)
+        hint = f"stopped; the same command with --resume goes on in {outcome.folder}"
+        console.print(hint, soft_wrap=True, markup=False)
         raise click.exceptions.Exit(130)
     console.print(f"use it with --drafter {outcome.folder}", soft_wrap=True, markup=False)
 

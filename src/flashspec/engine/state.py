@@ -163,7 +163,7 @@ class DecodeState:
     def catch_up(self, reader: Reader) -> None:
         """Have a model read what it has not seen of the text."""
         self.long_reads += reader.stale > LONG_READ
-        if self.capture is None or reader.stale - reader.lag > max(self.chunks[-1], CHUNKS[1]):
+        if self.capture is None or reader.stale - reader.lag > 2 * self.chunks[-1]:
             reader.catch_up(self.tokens, self.lengths, self.bound)
             return
         reader.joins_step()

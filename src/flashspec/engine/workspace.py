@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from flashspec.core import PLAIN, Arm, Draft
+from flashspec.core import PLAIN, Arm, Draft, FlashSpecError
 from flashspec.drafters.base import Drafter, NoDraft, Proposer
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.graphs import Capture, Work
@@ -22,6 +22,7 @@ from flashspec.sampling.sampler import Sampler
 
 # Columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
 WIDTHS = (0, 3, 7, 15, 31, 63, 64)
+MOST_SETTINGS = 8  # whose graphs are kept, of one size
 T = TypeVar("T")
 
 
@@ -62,7 +63,7 @@ class Workspace:
         self.drafters = drafters
         self._record = capture
         self._proposers: dict[str, Proposer] = {}
-        self._samplers: dict[Hashable, Sampler] = {}
+        self._samplers: dict[Hashable, Sampler] = {}  # by settings, the latest last
         self._settings: Hashable = None
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, Work] = {}
@@ -82,11 +83,12 @@ class Workspace:
     ) -> DecodeState:
         """Begin a batch, prefilled; the sampler must have as many rows as the workspace. Settings that are new here are
         warmed up first: every arm is compiled and captured."""
-        signature, state = sampler.signature(), self.state
-        self._settings = signature, num_logprobs
-        if signature not in self._samplers:
-            self._samplers[signature] = sampler.clone()
-        known = self._samplers[signature]
+        state = self.state
+        self._settings = sampler.signature(), num_logprobs
+        known = self._samplers.pop(self._settings, None) or sampler.clone()
+        while len(self._samplers) >= MOST_SETTINGS:
+            self._forget(next(iter(self._samplers)))
+        self._samplers[self._settings] = known
         if (self._settings, PLAIN) not in self._seen:
             rows = len(state.tokens)
             state.admit([[0] * 4] * rows, [state.capacity] * rows, (), known, num_logprobs, token_cost)
@@ -96,6 +98,14 @@ class Workspace:
         state.admit(prompts, limits, stop_ids, known, num_logprobs, token_cost, memory)
         state.prepare()
         return state
+
+    def _forget(self, settings: Hashable) -> None:
+        """The graphs of steps under settings that were not asked for lately."""
+        del self._samplers[settings]
+        for key in [key for key in self._seen if isinstance(key, tuple) and key[0] == settings]:
+            self._seen.remove(key)
+            self._captured.pop(key, None)
+            self._outcomes.pop(key, None)
 
     @torch.inference_mode()
     def wipe(self) -> None:
@@ -205,7 +215,7 @@ def round_up(width: int) -> int:
 class Workspaces:
     """An engine's workspaces by size, each rounded up so that few are needed; the least recently used are dropped."""
 
-    MOST = 4
+    MOST = 8  # batches of 1, 2, 4 ... 32 rows are six
 
     def __init__(
         self, model: LanguageModel, arms: Sequence[Arm], drafters: Mapping[str, Drafter], capture: Capture
@@ -232,13 +242,20 @@ class Workspaces:
         return self._kept[size]
 
     def with_room(self, work: Callable[[], T], keep: Workspace | None = None) -> T:
-        """What the work returns. Where it runs out of memory, all workspaces but one go, and it is done once more."""
+        """What the work returns. Where it runs out of memory, all workspaces but one go, and it is done once more.
+        FlashSpecError where that is not enough."""
         with suppress(torch.OutOfMemoryError):
             return work()
         self._kept = {size: workspace for size, workspace in self._kept.items() if workspace is keep}
         gc.collect()  # a workspace and its state hold each other
         torch.cuda.empty_cache()
-        return work()
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            raise FlashSpecError(
+                "the GPU's memory is full: ask for fewer rows or a shorter text, take a smaller model or fewer "
+                "drafters, or end what else runs there"
+            ) from error
 
 
 def power_of_two(number: int) -> int:

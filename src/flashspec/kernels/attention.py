@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.linear import ask_ahead
-from flashspec.kernels.tiling import overlapped
+from flashspec.kernels.tiling import overlapped, shared_memory
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
@@ -292,6 +292,13 @@ def _combine_kernel(
     tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out, mask=dim < DIM)
 
 
+def _fitting(chunk: int, packed: int, n_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Slots and queries a program, halved until its tiles fit: keys, values and queries of so many bytes a head."""
+    while (2 * chunk + packed) * triton.next_power_of_2(n_bytes) > shared_memory(device) and chunk > 16:
+        chunk, packed = (chunk, packed // 2) if packed > 32 else (chunk // 2, packed)
+    return chunk, packed
+
+
 def attend(
     qkv: Tensor,
     waves: Tensor | None,
@@ -309,10 +316,10 @@ def attend(
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
     group, asked = n_heads // n_kv, asked or queries
-    chunk = 32 if qkv.dtype == torch.float32 else SPLIT
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
     packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED[asked > 32])
+    chunk, packed = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, packed, dim * qkv.itemsize, qkv.device)
     mixed, stats = (
         torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )

@@ -151,7 +151,7 @@ def make_sampler(
         temperature=torch.full((rows,), config.temperature, dtype=torch.float32, device=device),
         all_greedy=config.temperature == 0,
         top_k=torch.full((rows,), top_k, device=device) if top_k > 0 else None,
-        max_top_k=max(top_k, 0),
+        max_top_k=min(1 << (top_k - 1).bit_length(), vocab_size) if top_k > 0 else 0,  # few values: few graphs
         top_p=column(config.top_p, config.top_p < 1),
         min_p=column(config.min_p, config.min_p > 0),
         bias=_bias(config, rows, vocab_size, device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from flashspec.training.card import (
     write_checkpoint,
 )
 from flashspec.training.features import default_feature_layers, feature_scales, hidden_states
-from flashspec.training.files import clear_scratch, write_json, write_whole
+from flashspec.training.files import SCRATCH, alone, clear_scratch, write_json, write_whole
 from flashspec.training.fit import Fit
 from flashspec.training.measure import Measure, Teacher
 from flashspec.training.rollouts import Clock, RolloutFolder, Rollouts, write_rollouts
@@ -43,6 +44,7 @@ _FIXED = (
     "unroll",
 )
 SAMPLE = 8  # texts that say how large the target's features are
+LONGER = 1.5  # times what a training was begun with, from where on its texts are few
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ class _Work:
     def state(self) -> Path:
         return self.out / "training" / "state.safetensors"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return self.run.exists() and (self.state.exists() or any(self.rollouts.glob("*")))
+
 
 def never() -> bool:
     return False
@@ -109,30 +116,41 @@ def train_drafter(
     resume: go on where an earlier call with the same settings, prompts and texts ended, or with more time.
     FlashSpecError or ValueError says in a sentence what cannot be done."""
     begun, work = clock(), _Work(out)
+    if prompts is not None and texts is not None:
+        raise ValueError("texts of an earlier training take no prompts: give one of the two")
     _check_place(work, resume)
-    target = load_target(source, device, progress)
-    source_of_texts = _source_of_texts(prompts, texts)
-    _check_agreement(work, target, settings, source_of_texts)
-    write_json(
-        work.run,
-        {"target": target.loaded.name, "target_hash": target.hash(), "texts": source_of_texts, **_fixed(settings)},
-    )
-    if texts is not None and not work.written.exists():
-        _adopt(work, _Work(texts), target)
-    folder = RolloutFolder.open(work.rollouts)
-    if not work.written.exists():
-        earlier = folder.seconds
-        write_rollouts(target, folder, settings, prompts, stopped=stopped, progress=progress, clock=clock)
-        if stopped():
-            return Outcome(out, settings.kind, 0, 0, (), True)
-        folder.load()  # too little is said before anything is called complete
-        origin = f"prompts of {prompts.name}" if prompts else "prompts that the target thought of"
-        write_json(work.written, {"seconds": earlier + clock() - begun, "origin": origin})
-    fit, save = _prepare(target, settings, work, folder.load(), clock)
-    fit.run(save, stopped=stopped, progress=progress, measured=measured)
-    size = (out / WEIGHTS).stat().st_size
-    interrupted = fit.position.seconds < fit.seconds
-    return Outcome(out, settings.kind, parameters_of(fit.head), size, tuple(fit.position.measures), interrupted)
+    with alone(work.run.parent):
+        clear_scratch(out)
+        target = load_target(source, device, progress)
+        source_of_texts = _source_of_texts(prompts, texts)
+        if resume and work.run.exists():
+            _check_agreement(work, target, settings, source_of_texts)
+            if texts is None:
+                _warn_of_few_texts(work, settings)
+        facts = {"target": target.loaded.name, "target_hash": target.hash(), "texts": source_of_texts}
+        write_json(work.run, {**facts, "seconds": settings.seconds, **_fixed(settings)})
+        if texts is not None and not work.written.exists():
+            _adopt(work, _Work(texts), target)
+        folder = RolloutFolder.open(work.rollouts)
+        if not work.written.exists():
+            earlier = folder.seconds
+            write_rollouts(target, folder, settings, prompts, stopped=stopped, progress=progress, clock=clock)
+            if stopped():
+                return Outcome(out, settings.kind, 0, 0, (), True)
+            folder.load()  # too little is said before anything is called complete
+            origin = f"prompts of {prompts.name}" if prompts else "prompts that the target thought of"
+            write_json(work.written, {"seconds": earlier + clock() - begun, "origin": origin})
+        fit, save = _prepare(target, settings, work, folder.load(), clock)
+        fit.run(save, stopped=stopped, progress=progress, measured=measured)
+        size = (out / WEIGHTS).stat().st_size
+        interrupted = fit.position.seconds < fit.seconds
+        return Outcome(out, settings.kind, parameters_of(fit.head), size, tuple(fit.position.measures), interrupted)
+
+
+def earlier_seconds(out: Path) -> float | None:
+    """What a training in a folder was given the last time; None where there is none."""
+    run = _Work(out).run
+    return read_json(run).get("seconds") if run.is_file() else None
 
 
 def _prepare(
@@ -140,6 +158,7 @@ def _prepare(
 ) -> tuple[Fit, Callable[[], None]]:
     """The training as it was left, or from its beginning, and what saves it."""
     counts = rollouts.counts(target.decoder.vocab_size)
+    counts[target.writable_ids :] = 0
     ends = [index for index in target.loaded.eos_token_ids if index < len(counts)]
     vocabulary = choose_vocabulary(counts, settings.coverage, settings.draft_vocab, ends)
     covered = coverage_of(vocabulary, counts)
@@ -197,27 +216,41 @@ def _check_place(work: _Work, resume: bool) -> None:
     out = work.out
     if out.exists() and not out.is_dir():
         raise FlashSpecError(f"--out {out} is a file; it should be a folder, or nothing yet")
-    clear_scratch(out / "training")
     if work.run.exists():
-        clear_scratch(out)
-        if not resume:
+        if work.begun and not resume:
             raise FlashSpecError(f"{out} holds a training already: go on with --resume, or choose another --out")
-    elif any(path.is_file() for path in out.rglob("*")):
+    elif any(path.is_file() and not path.name.endswith(SCRATCH) for path in out.rglob("*")):
         what = "a model of another origin" if (out / CONFIG).exists() else "other files"
         raise FlashSpecError(f"{out} holds {what}: choose another --out")
 
 
 def _check_agreement(work: _Work, target: Target, settings: Settings, source_of_texts: str) -> None:
-    if not work.run.exists():
-        return
     earlier = read_json(work.run)
+    if missing := {"target", "target_hash", "texts", "seconds", *_FIXED} - earlier.keys():
+        raise FlashSpecError(f"{work.run} does not say its {min(missing)}: choose another --out")
     if earlier["target_hash"] != target.hash():
         raise FlashSpecError(
             f"{work.out} holds a drafter for {earlier['target']} with other weights than {target.loaded.name}'s: "
             "choose another --out"
         )
-    if earlier["texts"] != source_of_texts:
-        raise ValueError(f"this asks for {source_of_texts}, but {work.out} was begun with {earlier['texts']}")
     for name, value in _fixed(settings).items():
         if earlier[name] != value:
             raise ValueError(f"{name} is {value}, but {work.out} was begun with {earlier[name]}")
+    if not work.begun:
+        return
+    if earlier["texts"] != source_of_texts:
+        raise ValueError(f"this asks for {source_of_texts}, but {work.out} was begun with {earlier['texts']}")
+    now, before = settings.seconds / 60, earlier["seconds"] / 60
+    if now < before:
+        raise ValueError(f"{now:g} minutes in all are less than the {before:g} that {work.out} was begun with")
+
+
+def _warn_of_few_texts(work: _Work, settings: Settings) -> None:
+    now, before = settings.seconds / 60, read_json(work.run)["seconds"] / 60
+    if work.written.exists() and now > LONGER * before:
+        warnings.warn(
+            f"no text is written any more: all {now:g} minutes train on what {before:g} minutes had time for; "
+            "a new --out gets more",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flashspec.core import FlashSpecError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SCRATCH = ".unfinished"
 
@@ -37,10 +42,32 @@ def write_whole(path: Path, content: bytes) -> None:
         if scratch is not None:
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise FlashSpecError(
-            f"cannot write {path} ({reason}): make room and go on with --resume; what was there before is intact"
-        ) from None
+        full = error.errno == errno.ENOSPC
+        reason, advice = error.strerror or str(error), "what was there before is intact"
+        if full:
+            reason, advice = "the disk is full", f"make room and go on with --resume; {advice}"
+        raise FlashSpecError(f"cannot write {path} ({reason}): {advice}") from None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """FlashSpecError while another process is within for the same folder, where the system can tell."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FlashSpecError(f"another training is at work in {folder.parent}: choose another --out") from None
+        except OSError:
+            pass  # of a file system that knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def clear_scratch(folder: Path) -> None:

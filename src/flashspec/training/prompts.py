@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flashspec.core import FlashSpecError
@@ -44,13 +44,17 @@ def file_prompts(path: Path, target: Target, longest: int) -> list[Prompt]:
     return kept
 
 
-def own_prompts(target: Target, write: Continue, rows: int, longest: int, seed: int) -> Iterator[list[Prompt]]:
+def own_prompts(
+    target: Target, write: Continue, rows: int, longest: int, seed: int, asked: Iterable[Prompt] = ()
+) -> Iterator[list[Prompt]]:
     """Batches without end, some of them empty, of prompts that the target writes: questions in the place that its chat
-    template has for the user, or, where there is no template, the beginnings of texts."""
+    template has for the user, none of them twice or in `asked`, or, where there is no template, the beginnings of
+    texts."""
     tokenizer = target.loaded.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         return _beginnings(target, write, rows, longest, random.Random(seed))
-    return _questions(target, tokenizer, write, rows, longest, random.Random(seed))
+    seen = {tuple(prompt) for prompt in asked}
+    return _questions(target, tokenizer, write, rows, longest, random.Random(seed), seen)
 
 
 def _beginnings(
@@ -73,13 +77,18 @@ def _beginnings(
 
 
 def _questions(
-    target: Target, tokenizer: Tokenizer, write: Continue, rows: int, longest: int, chance: random.Random
+    target: Target,
+    tokenizer: Tokenizer,
+    write: Continue,
+    rows: int,
+    longest: int,
+    chance: random.Random,
+    seen: set[tuple[int, ...]],
 ) -> Iterator[list[Prompt]]:
     rendered = tokenizer.render_chat([{"role": "user", "content": _MARK}])
     if rendered.count(_MARK) != 1:
         raise FlashSpecError(f"the chat template of {target.loaded.name} does not show a question once: give --prompts")
     before = rendered.partition(_MARK)[0]
-    seen: set[str] = set()
     barren = 0
     while barren < BARREN:
         openings = [chance.choice(_OPENINGS) if chance.random() < 0.5 else "" for _ in range(rows)]
@@ -89,10 +98,12 @@ def _questions(
         for opening, added in zip(openings, written, strict=True):
             question = (opening + tokenizer.decode(added)).strip()
             ended = bool(added) and added[-1] in target.loaded.eos_token_ids
-            if ended and is_sane(question) and question not in seen:
-                seen.add(question)
-                prompt = tokenizer.encode_question(question)
-                prompts += [prompt] if len(prompt) <= longest else []
+            if not ended or not is_sane(question):
+                continue
+            prompt = tokenizer.encode_question(question)
+            if len(prompt) <= longest and tuple(prompt) not in seen:
+                seen.add(tuple(prompt))
+                prompts.append(prompt)
         barren = 0 if prompts else barren + 1
         yield prompts
     raise FlashSpecError(f"{target.loaded.name} thinks of no question of its own: give it some with --prompts")

@@ -83,6 +83,14 @@ class RolloutFolder:
     def _shard(self, index: int) -> Path:
         return self.path / f"shard-{index:05d}.safetensors"
 
+    def asked(self) -> Iterator[Prompt]:
+        """The prompts of what is in shards."""
+        for index in range(self.shards):
+            shard, _ = read_tensors(self._shard(index))
+            texts = torch.split(shard["token_ids"], shard["lengths"].tolist())
+            for text, start in zip(texts, shard["starts"].tolist(), strict=True):
+                yield text[:start].tolist()
+
     def add(self, texts: Sequence[Text], prompts: int, seconds: float) -> None:
         """prompts, seconds: what the texts took."""
         kept = [text for text in texts if len(text[1]) >= SHORTEST]
@@ -134,11 +142,12 @@ class Writer:
         self.engine = SpeculativeEngine(config, [], silent, arms=["plain"])
         self.length = min(length, target.decoder.max_context)
         self._over = over
+        self._name = target.loaded.name
         self._seeds = count(seed * 1_000_003 % 2**62)
 
     def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0, whole: bool = True) -> list[Prompt]:
         """What the target adds to each; cut short when time is over and, unless they should be whole, when most of the
-        batch are at their end; empty where its logits are not finite."""
+        batch are at their end; empty where its logits are not finite. FlashSpecError where they never are."""
         sampling = SamplingConfig(temperature=temperature, seed=next(self._seeds))
         generation = self.engine.stream(prompts, most, sampling=sampling)
         few = 0 if whole else STRAGGLERS * len(prompts)
@@ -146,6 +155,8 @@ class Writer:
             if len(record.rows) <= few or self._over():
                 break
         result = generation.result()
+        if all(reason == "error" for reason in result.finish_reasons):
+            raise FlashSpecError(f"the logits of {self._name} are not finite: it writes no text to train on")
         rows = zip(result.output_ids.tolist(), result.finish_reasons, strict=True)
         return [[] if reason == "error" else [token for token in row if token >= 0] for row, reason in rows]
 
@@ -171,9 +182,8 @@ def write_rollouts(
     writer = Writer(target, settings.length, settings.seed + 7919 * folder.shards, over)
     half = writer.length // 2
     if prompts is None:
-        source = _own_tasks(
-            own_prompts(target, writer.write, rows, half, settings.seed + folder.prompts), folder.prompts
-        )
+        seed = settings.seed + folder.prompts
+        source = _own_tasks(own_prompts(target, writer.write, rows, half, seed, folder.asked()), folder.prompts)
     else:
         source = _file_tasks(file_prompts(prompts, target, half), rows, folder.prompts)
     waiting, skipped = {temperature: list[_Task]() for temperature in ANSWERS}, 0

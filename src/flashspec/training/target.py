@@ -30,7 +30,7 @@ class Target:
 
     @property
     def writable_ids(self) -> int:
-        """How many of the ids are tokens: the rest of a padded vocabulary is never written."""
+        """How many of the ids are tokens: the rest of a padded vocabulary is never drafted."""
         tokenizer, size = self.loaded.tokenizer, self.decoder.vocab_size
         return min(tokenizer.vocab_size, size) if tokenizer else size
 

@@ -66,6 +66,15 @@ def test_resuming_nothing_says_so(trained, capsys, tmp_path: Path) -> None:  # t
         (tmp_path / "o").mkdir(exist_ok=True)
 
 
+def test_a_training_has_the_minutes_that_it_had_before_or_twenty(trained, tmp_path: Path) -> None:  # type: ignore
+    run(["train-drafter", "--target", "x", "--out", str(tmp_path / "new")])
+    (tmp_path / "old" / "training").mkdir(parents=True)
+    (tmp_path / "old" / "training" / "run.json").write_text('{"seconds": 3600}')
+    for more in ([], ["--minutes", "90"]):
+        run(["train-drafter", "--target", "x", "--out", str(tmp_path / "old"), "--resume", *more])
+    assert [settings.seconds / 60 for settings, _ in trained] == [20, 60, 90]
+
+
 def test_an_interrupted_training_says_how_to_go_on(trained, capsys, tmp_path: Path) -> None:  # type: ignore
     assert run(["train-drafter", "--target", "torn", "--out", str(tmp_path / "o")]) == 130
     assert "--resume goes on in" in capsys.readouterr().err

@@ -163,7 +163,8 @@ class TestPrompts:
         tokenizer = target.loaded.tokenizer
         assert tokenizer is not None
         asked: list[list[int]] = []
-        answers = iter(["is it so that we go?", "no", "is it so that we go?", "is it so\ufffd and so?", "aa aa aa aa"])
+        said = ["is it so that we go?", "no", "is it so that we go?", "is it so\ufffd and so?", "aa aa aa aa"]
+        answers = iter(said * 2)
 
         def write(starts: list[list[int]], most: int) -> list[list[int]]:
             asked.extend(starts)
@@ -177,6 +178,7 @@ class TestPrompts:
         shown = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
         assert shown[0].endswith("is it so that we go?<|im_end|>\n<|im_start|>assistant\n")
         assert len(set(shown)) == len(shown) < 5
+        assert next(own_prompts(target, write, 5, 60, seed=3, asked=prompts)) == []
 
     def test_a_target_that_asks_nothing(self, target: Target) -> None:
         with pytest.raises(FlashSpecError, match="thinks of no question of its own: give it some with --prompts"):
@@ -234,6 +236,7 @@ class TestRollouts:
         write_rollouts(target, folder, settings, prompts, stopped=lambda: False, progress=lambda what, done: None)
         texts = folder.load()
         assert 2000 <= folder.tokens == int((texts.lengths - texts.starts).sum())
+        assert {tuple(prompt) for prompt in folder.asked()} == {tuple(p) for p in file_prompts(prompts, target, 32)}
         held_out = texts.held_out.nonzero()[:, 0].tolist()
         assert len(held_out) == 2  # the first and the 17th prompt, each once
         index = held_out[0]

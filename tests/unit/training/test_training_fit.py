@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from small_models import llama
 
 import flashspec.training.fit
 from flashspec.core import FlashSpecError
-from flashspec.models.checkpoint import read_json
-from flashspec.training import Kind, Outcome, Settings, train_drafter
+from flashspec.models.checkpoint import SafetensorsFolder, read_json
+from flashspec.training import Kind, Outcome, Settings, earlier_seconds, train_drafter
 from flashspec.training.card import build_head, head_config
 from flashspec.training.command import _source_of_texts
-from flashspec.training.files import read_tensors
+from flashspec.training.files import alone, read_tensors
 from flashspec.training.measure import Measure
 from flashspec.training.rollouts import RolloutFolder
-from flashspec.training.target import load_target
+from flashspec.training.target import Target, load_target
 from flashspec.training.vocabulary import DraftVocabulary
 
 SETTINGS = Settings(
@@ -135,7 +136,10 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(source: Path, t
 
 def test_more_time_goes_on_training(source: Path, tmp_path: Path) -> None:
     short = train(source, tmp_path / "head", replace(SETTINGS, seconds=10.0))
-    longer = train(source, tmp_path / "head", replace(SETTINGS, seconds=40.0), resume=True)
+    assert earlier_seconds(tmp_path / "head") == 10.0
+    with pytest.warns(RuntimeWarning, match=r"train on what 0.166667 minutes had time for; a new --out gets more"):
+        longer = train(source, tmp_path / "head", replace(SETTINGS, seconds=40.0), resume=True)
+    assert earlier_seconds(tmp_path / "head") == 40.0
     assert longer.measures[: len(short.measures)] == short.measures
     assert longer.measures[-1].tokens > short.measures[-1].tokens
     assert longer.measures[-1].loss < short.measures[-1].loss
@@ -175,7 +179,9 @@ def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
     assert train(source, tmp_path / "head", stopped=stop, progress=progress) == Outcome(
         tmp_path / "head", Kind.EAGLE3, 0, 0, (), True
     )
-    assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=5.0), resume=True).interrupted
+    with pytest.raises(ValueError, match=r"0.5 minutes in all are less than the 1 that .*head was begun with"):
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=30.0), resume=True)
+    assert not train(source, tmp_path / "head", resume=True).interrupted
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(
@@ -292,7 +298,7 @@ class TestPlaces:
     def test_other_prompts_or_texts(self, source: Path, tmp_path: Path) -> None:
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("a b\n")
-        train(source, tmp_path / "head", stopped=StopAfter(0))
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
         own = "was begun with prompts that the target thinks of"
         with pytest.raises(ValueError, match=rf"this asks for the prompts in prompts.txt \(SHA-256 .*\), but .* {own}"):
             train(source, tmp_path / "head", resume=True, prompts=prompts)
@@ -303,6 +309,38 @@ class TestPlaces:
         prompts.write_text("a c\n")
         with pytest.raises(ValueError, match=r"was begun with the prompts in prompts.txt"):
             train(source, tmp_path / "head", resume=True, prompts=prompts)
+
+    def test_what_failed_before_any_text_was_written_binds_nobody(self, source: Path, tmp_path: Path) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a b\n")
+        for resume in (False, True):
+            with pytest.raises(FlashSpecError, match=r"has no tokenizer to read"):
+                train(source, tmp_path / "head", prompts=prompts, resume=resume)
+        assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0)).interrupted
+
+    def test_a_run_that_says_too_little(self, source: Path, tmp_path: Path) -> None:
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
+        run = tmp_path / "head" / "training" / "run.json"
+        run.write_text(run.read_text().replace('"texts"', '"text"'))
+        with pytest.raises(FlashSpecError, match=r"run.json does not say its texts: choose another --out"):
+            train(source, tmp_path / "head", resume=True)
+
+    def test_another_training_at_work_there(self, source: Path, tmp_path: Path) -> None:
+        refused = pytest.raises(FlashSpecError, match=r"another training is at work in .*head: choose another --out")
+        with alone(tmp_path / "head" / "training"), refused:
+            train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
+        assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0)).interrupted
+
+    def test_prompts_for_texts_that_are_there(self, source: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"give one of the two"):
+            train(source, tmp_path / "head", prompts=tmp_path / "a", texts=tmp_path / "b")
+
+    def test_a_target_that_says_nothing(self, tmp_path: Path) -> None:
+        model = llama(num_hidden_layers=3, vocab_size=100)
+        model.model.norm.weight.fill_(math.nan)
+        model.save_pretrained(tmp_path / "target")
+        with pytest.raises(FlashSpecError, match=r"the logits of .*target are not finite: it writes no text"):
+            train(tmp_path / "target", tmp_path / "head")
 
     def test_a_file_or_a_strangers_folder(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -348,3 +386,13 @@ def test_a_loss_that_is_not_finite_is_a_sentence(source: Path, tmp_path: Path, m
     monkeypatch.setattr(flashspec.training.fit, "draft_loss", lambda head, *_: torch.nan * head.fc.weight.sum())
     with pytest.raises(FlashSpecError, match=f"the loss on held-out text is nan after 0 steps: {advice}"):
         train(source, tmp_path / "b")
+
+
+def test_ids_without_a_token_are_never_drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(num_hidden_layers=3, vocab_size=100)
+    model.save_pretrained(tmp_path / "target")
+    monkeypatch.setattr(Target, "writable_ids", 70)
+    train(tmp_path / "target", tmp_path / "head", replace(SETTINGS, seconds=3.0))
+    texts = RolloutFolder.open(tmp_path / "head" / "training" / "rollouts").load()
+    known = SafetensorsFolder(tmp_path / "head").tensor("t2d")
+    assert texts.counts(100)[70:].sum() > 0 and known[:70].any() and not known[70:].any()
