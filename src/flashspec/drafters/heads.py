@@ -2,7 +2,8 @@
 
 A folder holds config.json and safetensors. Ours carry, in config.json, "flashspec": {"kind": "eagle3", "medusa" or
 "tiny", "target" and "revision": their names, "target_hash" and "target_hash_float16": `target_hash` of its sample in
-bfloat16 and in float16, or null, "feature_layers": the layers, from 0, whose outputs an EAGLE-3 head reads, or null}.
+bfloat16 and in float16, or null, "target_likeness": `likeness` of it, "feature_layers": the layers, from 0, whose
+outputs an EAGLE-3 head reads, or null}.
 What is missing among embed_tokens, lm_head and Medusa's last layers is the target's own.
 """
 
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,10 @@ from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
 KINDS = ("eagle3", "medusa", "tiny")
 MEDUSA_FILE = "medusa_lm_head.safetensors"
+LIKENESS, ALIKE = (
+    64,
+    0.5,
+)  # entries of an embedding, and the least correlation, which other models have by chance of 1e-4
 
 
 def eagle_layers(num_layers: int) -> tuple[int, int, int]:
@@ -44,12 +50,43 @@ def target_hash(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> str:
     return "-".join(hashlib.sha256(part.numpy().data).hexdigest()[:16] for part in parts)
 
 
-def own_hash(target: SharesVocabulary) -> tuple[str, str]:
-    """The hash that says which weights a target has, behind the field of a head's config that should equal it. What
-    float16 has rounded can no longer be rounded to bfloat16 as the weights themselves can."""
-    if target.dtype == torch.float16:
-        return "target_hash_float16", target_hash(target.sample(), torch.float16)
-    return "target_hash", target_hash(target.sample())
+def likeness(sample: Sample) -> str:
+    """A few entries of the embedding, in bfloat16 and base64: what a model's revisions and quantisations have nearly in
+    common, and other models do not."""
+    return b64encode(sample.outer[-LIKENESS:].bfloat16().view(torch.int16).cpu().numpy().tobytes()).decode()
+
+
+def _correlation(one: str, other: str) -> float:
+    try:
+        a, b = (torch.frombuffer(bytearray(b64decode(each)), dtype=torch.bfloat16).double() for each in (one, other))
+        return float(torch.cosine_similarity(a, b, dim=0))
+    except (ValueError, RuntimeError):  # no base64, or of other lengths
+        return 0.0
+
+
+class Identity(NamedTuple):
+    """Which weights a target has. hash: in a dtype of 16 bits, beside the field of a head's config that should say so;
+    what float16 has rounded can no longer be rounded to bfloat16 as the weights themselves can."""
+
+    field: str
+    hash: str
+    likeness: str
+
+    @classmethod
+    def of(cls, target: SharesVocabulary) -> Identity:
+        sample, half = target.sample(), target.dtype == torch.float16
+        field, dtype = ("target_hash_float16", torch.float16) if half else ("target_hash", torch.bfloat16)
+        return cls(field, target_hash(sample, dtype), likeness(sample))
+
+    def is_of(self, marks: Mapping[str, Any]) -> bool:
+        """Whether a head, whose config has these `marks`, was trained for these weights."""
+        return bool(marks.get(self.field) == self.hash)
+
+    def resembles(self, marks: Mapping[str, Any]) -> bool:
+        """Whether for these, or for a revision or another quantisation of them."""
+        trained, near = marks.get(self.field) or "", marks.get("target_likeness")
+        alike = near is not None and _correlation(near, self.likeness) > ALIKE
+        return trained.partition("-")[0] == self.hash.partition("-")[0] or alike
 
 
 def is_head(source: Any) -> bool:
@@ -137,19 +174,20 @@ class _Head:
     def _check_hash(self) -> None:
         """FlashSpecError for a model of other words; a warning for another revision, whose text stays exact."""
         ours = self.config.get("flashspec", {})
-        field, own = own_hash(self.target)
-        trained, model = ours.get(field), ours.get("target") or "another model"
-        if not trained or trained == own:
+        own = Identity.of(self.target)
+        trained, model = ours.get(own.field), ours.get("target") or "another model"
+        if own.is_of(ours) or not ours.get("target_hash"):
             return
-        if trained.partition("-")[0] != own.partition("-")[0]:
+        if not own.resembles(ours):
             raise self.refusal(f"it was trained for the weights of {model}")
-        warnings.warn(
-            f"the head in {self.folder} was trained for {model}, revision {ours.get('revision') or 'unknown'}, weights "
-            f"{trained}, and this target's layers are others, weights {own}: the text stays its own, but fewer drafts "
-            "may be accepted",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        if trained:
+            revision = ours.get("revision") or "unknown"
+            warnings.warn(
+                f"the head in {self.folder} was trained for {model}, revision {revision}, weights {trained}, and this "
+                f"target has others, weights {own.hash}: the text stays its own, but fewer drafts may be accepted",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _shares(self, hidden_size: int, what: str) -> None:
         if hidden_size != self.target.hidden_size:

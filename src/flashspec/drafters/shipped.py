@@ -1,4 +1,4 @@
-"""Heads that come with the package, each for the one target whose weights it was trained on."""
+"""Heads that come with the package, each for one target and whatever resembles it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flashspec.core import FlashSpecError
 from flashspec.drafters.base import Drafter
-from flashspec.drafters.heads import load_head, own_hash
+from flashspec.drafters.heads import Identity, load_head
 from flashspec.models.base import LanguageModel, SharesVocabulary
 from flashspec.models.checkpoint import read_json
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "heads"  # one folder a head, with its card
 
 
 def shipped_heads(target: LanguageModel) -> dict[str, Path]:
-    """The folders of a target's heads by their kind."""
+    """The folders by their kind of the heads that were trained for a target, or for a revision of it."""
     found = {path.parent: read_json(path) for path in sorted(FOLDER.glob("*/config.json"))}
     sized = {
         folder: config["flashspec"]
@@ -23,8 +23,8 @@ def shipped_heads(target: LanguageModel) -> dict[str, Path]:
     }
     if not sized or not isinstance(target, SharesVocabulary):
         return {}
-    field, own = own_hash(target)
-    return {marks["kind"]: folder for folder, marks in sized.items() if marks[field] == own}
+    own = Identity.of(target)
+    return {marks["kind"]: folder for folder, marks in sized.items() if own.resembles(marks)}
 
 
 def load_shipped(kind: str, target: LanguageModel) -> Drafter:

@@ -16,7 +16,7 @@ from small_heads import HIDDEN, LAYERS, PART, VOCAB, write_eagle, write_medusa, 
 from small_models import llama, randomised
 
 from flashspec.core import FlashSpecError
-from flashspec.drafters.heads import eagle_layers, is_head, load_head, target_hash
+from flashspec.drafters.heads import eagle_layers, is_head, likeness, load_head, target_hash
 from flashspec.models.checkpoint import StateDict, decoder_config, decoder_weights
 from flashspec.models.decoder import Decoder
 from flashspec.models.hf import HFModel
@@ -73,9 +73,34 @@ def test_another_revisions_head_drafts_with_a_warning(tmp_path: Path, dtype: tor
     head = write_eagle(tmp_path, flashspec=marks)
     revision = target_of(dtype)
     revision.weights.layers[-1].output[3, 5] += 0.1
-    says = r"was trained for some/model, revision abc, weights .*-.*, and this target's layers are others, weights"
+    says = r"was trained for some/model, revision abc, weights .*-.*, and this target has others, weights"
     with pytest.warns(RuntimeWarning, match=says):
         assert load_head(head, revision, "head").name == "head"
+
+
+def noisy(target: Decoder, noise: float) -> Decoder:
+    """Every weight a little different, as a quantisation or a full fine-tune leaves them."""
+    generator = torch.Generator().manual_seed(1)
+    layers = [each for layer in target.weights.layers for each in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    for weight in (target.weights.embedding, *layers):
+        weight += noise * weight.std() * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_quantisations_head_drafts_with_a_warning(tmp_path: Path, dtype: torch.dtype) -> None:
+    near = likeness(target_of().sample())
+    marks = {"kind": "eagle3", "target": "some/model", "revision": "abc", "target_likeness": near}
+    head = write_eagle(tmp_path, flashspec={**marks, **names_of(target_of())})
+    with pytest.warns(RuntimeWarning, match=r"was trained for some/model, .* fewer drafts may be accepted"):
+        assert load_head(head, noisy(target_of(dtype), 0.2), "head").name == "head"
+    refused(head, "trained for the weights of some/model", noisy(target_of(dtype), 20.0))
+    head = write_eagle(tmp_path, flashspec={**marks, "target_hash": "0-1", "target_hash_float16": None})
+    if dtype == torch.float16:  # trained where its hash could not be known
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_head(head, target_of(dtype), "head")
+        refused(head, "trained for the weights of some/model", noisy(target_of(dtype), 20.0))
 
 
 def test_the_targets_own_head_fits_in_any_precision(tmp_path: Path) -> None:

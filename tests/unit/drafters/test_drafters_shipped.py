@@ -14,7 +14,7 @@ from flashspec import SpeculativeEngine
 from flashspec.core import FlashSpecError
 from flashspec.drafters import shipped
 from flashspec.drafters.eagle import EagleDrafter
-from flashspec.drafters.heads import head_kind, target_hash
+from flashspec.drafters.heads import head_kind, likeness, target_hash
 from flashspec.drafters.shipped import shipped_heads
 from flashspec.engine.arms import default_drafters, make_drafter
 from flashspec.models.base import SharesVocabulary, Vocabulary
@@ -32,7 +32,7 @@ def test_a_head_of_the_package_has_a_card_and_is_small(folder: Path) -> None:
     for told in ("Licence", "revision", "Seed", "Data", "Reads", "tokens a step"):
         assert told in card
     marks = json.loads((folder / "config.json").read_text())["flashspec"]
-    assert marks["target_hash"] and marks["target_hash_float16"]  # without the second a float16 target is refused
+    assert marks["target_hash"] and marks["target_hash_float16"] and marks["target_likeness"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
         "target_hash": target_hash(loaded.model.sample()),
         "target_hash_float16": target_hash(loaded.model.sample(), torch.float16),
     }
-    marks = {"kind": "eagle3", "target": "target", **names}
+    marks = {"kind": "eagle3", "target": "target", "target_likeness": likeness(loaded.model.sample()), **names}
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB, "flashspec": marks}))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "heads")
     return loaded
@@ -83,13 +83,14 @@ def test_a_start_unpacks_the_vocabulary_once(target: LoadedModel, monkeypatch: p
     SpeculativeEngine.from_pretrained(target)
     assert len(asked) == 1
     path = shipped.FOLDER / "one" / "config.json"
-    path.write_text(path.read_text().replace(target_hash(target.model.sample()), "0" * 64))
+    text = path.read_text().replace(target_hash(target.model.sample()), "0" * 64)
+    path.write_text(text.replace(likeness(target.model.sample()), "AAAA"))
     assert default_drafters(target.model) == ["suffix"] and len(asked) == 1
 
 
 def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path: Path) -> None:
     other = llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=96)
-    other.model.layers[2].mlp.down_proj.weight.data *= 1.01
+    other.model.embed_tokens.weight.data = other.model.embed_tokens.weight.data.flip(0)
     for dtype in ("float32", "bfloat16", "float16"):
         model = load_model(other, dtype=dtype).model
         assert shipped_heads(model) == {} and default_drafters(model) == ["suffix"]
@@ -97,6 +98,15 @@ def test_other_weights_of_the_same_sizes_have_none(target: LoadedModel, tmp_path
         SpeculativeEngine.from_pretrained(other, ["eagle3"])
     with pytest.raises(FlashSpecError, match="no medusa head comes"):
         SpeculativeEngine.from_pretrained(target, ["medusa"])
+
+
+def test_a_revision_has_them_with_a_warning(target: LoadedModel) -> None:
+    near = llama(VOCAB, num_hidden_layers=LAYERS, max_position_embeddings=96)
+    for parameter in near.parameters():
+        parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(2))
+    with pytest.warns(RuntimeWarning, match="was trained for target, .* the text stays its own"):
+        engine = SpeculativeEngine.from_pretrained(near)
+    assert "eagle3" in {arm.drafter for arm in engine.arms}
 
 
 def test_a_folder_of_that_name_goes_first(target: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from small_models import llama
 
 import flashspec.training.fit
 from flashspec.core import FlashSpecError
+from flashspec.drafters.heads import likeness
 from flashspec.models.checkpoint import SafetensorsFolder, read_json
 from flashspec.training import Kind, Outcome, Settings, earlier_seconds, train_drafter
 from flashspec.training.card import build_head, head_config
@@ -240,6 +241,7 @@ def test_what_is_in_the_folder(source: Path, tmp_path: Path, kind: Kind, shares:
         "revision": "",
         "target_hash": load_target(source, "cpu").hash(),
         "target_hash_float16": load_target(source, "cpu").float16_hash(),
+        "target_likeness": likeness(load_target(source, "cpu").decoder.sample()),
         "feature_layers": [-1, 0, 1],  # of three layers
         "shares_lm_head": shares,
     }
