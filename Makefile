@@ -24,7 +24,7 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or \
 		sys.exit(f'make test-gpu needs a CUDA device, and torch {torch.__version__} finds none here')"
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu tests/unit/test_kernels*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -61,9 +61,10 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
     def accepting(name: str, limit: int, **options: Any) -> Any:
         return text(name, ["plain", *(arm for arm in arms if arm.endswith(":4"))], heads, limit, **options)
 
-    def against(name: str, theirs: list[str], assistants: list[str], **options: Any) -> Any:
-        methods = [*theirs, *LOOKUPS[:4], "auto@arms"]
-        return text(name, methods, ["suffix", "ngram", *assistants], 2, max_new_tokens=64, **options)
+    def against(name: str, **options: Any) -> Any:
+        """The small model assists, itself too: there is none that is smaller."""
+        methods = [*TRANSFORMERS, *LOOKUPS[:4], "auto@arms"]
+        return text(name, methods, ["suffix", "ngram", model], 2, max_new_tokens=64, **options)
 
     def stepping(name: str, shape: str, plan: Plan, **options: Any) -> Any:
         out = output / f"{name}-{gpu}.json"
@@ -100,8 +101,10 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
             shape="8b",
             batch_sizes=[1, 4, 8, 16, 32],
         ),
-        "transformers-8b": lambda: against("transformers-8b", TRANSFORMERS, [model], shape="8b"),
-        "transformers-135m": lambda: against("transformers-135m", TRANSFORMERS[:3], []),
+        "transformers-8b": lambda: against("transformers-8b", shape="8b"),
+        "transformers-8b-t07": lambda: against("transformers-8b-t07", shape="8b", temperature=0.7),
+        "transformers-135m": lambda: against("transformers-135m"),
+        "transformers-135m-t07": lambda: against("transformers-135m-t07", temperature=0.7),
         "steps-8b-batches": lambda: stepping(
             "steps-8b-batches", "8b", Plan(widths=[1, 5], batch_sizes=[8, 32], arms=["plain", "ngram:4"])
         ),

@@ -357,6 +357,42 @@ def test_other_arms_are_captured_beside_one_with_host_logic(target: Any, near: M
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("length", [17, 100, 200, 256, 300, 700])
+def test_prompts_are_read_by_graphs(target: Any, length: int) -> None:
+    """Up to 512 tokens, of one row or two; what is longer runs as it is."""
+    generator = torch.Generator().manual_seed(length)
+    prompts = torch.randint(3, 400, (2, length), generator=generator).tolist()
+    prompts[1] = prompts[1][: length // 2]
+    expected = [transformers_greedy(target, prompt, 20) for prompt in prompts]
+    engine = engine_of(target, None, ["plain", "ngram:4"])
+    for batch, texts in ((prompts[:1], expected[:1]), (prompts, expected)):
+        for _ in range(2):
+            assert rows(engine.generate(batch, 20)) == texts
+    for workspace in engine.workspaces._kept.values():
+        assert all(is_graph(workspace._captured[f"catch up 0 by {size}"]) for size in (16, 128, 256))
+
+
+def test_texts_of_a_batch_in_bfloat16_part_only_at_near_ties() -> None:
+    """Beyond 16 tokens a forward sums are in another order than one row's alone."""
+    model = model_of().bfloat16()
+    exact = copy.deepcopy(model).float()
+    target = load_model(model)
+    prompts = [[3 + (7 * row + 5 * place) % 390 for place in range(6 + row)] * 2 for row in range(8)]
+    plain = engine_of(target, None, ["plain"])
+    alone = [rows(plain.generate([prompt], 100))[0] for prompt in prompts]
+    for arms in (["plain"], ["ngram:4"], ["plain", "ngram:4", "suffix:15"]):
+        together = rows(engine_of(target, None, arms).generate(prompts, 100))
+        for prompt, text, other in zip(prompts, alone, together, strict=True):
+            parting = next((place for place in range(100) if text[place] != other[place]), None)
+            if parting is None:
+                continue
+            ids = torch.tensor([[*prompt, *text[:parting]]], device=CUDA)
+            with torch.no_grad():
+                rounded, precise = (one(ids, use_cache=False).logits[0, -1].float() for one in (model, exact))
+            margin = (precise[text[parting]] - precise[other[parting]]).abs()
+            assert margin <= 4 * (rounded - precise).abs().max(), (arms, parting)
+
+
 class Late(TakingTurns):
     """The first arm forty times, then the last."""
 
@@ -411,7 +447,7 @@ def eager_logits(model: Any, token_ids: Tensor) -> Tensor:
     return model(token_ids, use_cache=False).logits.float()
 
 
-@pytest.mark.parametrize("queries", [1, 5, 25], ids="q{}".format)
+@pytest.mark.parametrize("queries", [1, 5, 25, 128, 200], ids="q{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ADAPTED)
 def test_the_adapters_kernel_is_as_near_as_transformers(name: str, dtype: torch.dtype, queries: int) -> None:
@@ -422,7 +458,8 @@ def test_the_adapters_kernel_is_as_near_as_transformers(name: str, dtype: torch.
     exact, theirs = eager_logits(copy.deepcopy(model).float(), ids), eager_logits(model, ids)
     rounding = (theirs - exact).norm() / exact.norm()
     cache, everywhere = lm.new_cache(3, 350), torch.arange(350, device=CUDA).expand(3, -1)
-    starts, positions = torch.tensor([[4], [126], [300]], device=CUDA), torch.empty_like(everywhere[:, :queries])
+    starts = torch.tensor([[4], [126], [300]] if queries < 50 else [[4], [60], [129]], device=CUDA)
+    positions = torch.empty_like(everywhere[:, :queries])
     token_ids = torch.empty_like(positions)
 
     def place(moved: int) -> Tensor:

@@ -81,6 +81,19 @@ COLUMNS = {
         Column("over_plain", "over plain", "{:.2f}x", "note"),
         Column("mbu", "MBU", "{:.2f}", "ratio"),
     ),
+    "start": (
+        _name("drafters"),
+        _name("caches"),
+        Column("first_token_seconds", "first token s", "{:.1f}", "time"),
+        Column("answer_seconds", "answer s", "{:.1f}", "time"),
+        Column("memory_beyond_gb", "GB beyond", "{:.2f}", "time"),
+    ),
+    "gaps": (
+        _name("target"),
+        _name("arms"),
+        Column("busy_microseconds", "busy µs", "{:.0f}", "time"),
+        Column("idle_microseconds", "idle µs", "{:.0f}", "time"),
+    ),
 }
 
 

@@ -43,6 +43,17 @@ def test_times_that_grow_are_falls(tmp_path: Path) -> None:
     assert not compare(new, old).regressions
 
 
+@pytest.mark.parametrize(
+    "kind, name, figure", [("gaps", "arms", "idle_microseconds"), ("start", "caches", "memory_beyond_gb")]
+)
+def test_gaps_and_starts_may_grow_worse_too(tmp_path: Path, kind: str, name: str, figure: str) -> None:
+    rows = [{name: "a", figure: 10.0}, {name: "b", figure: 10.0}]
+    old = write(tmp_path / "old.json", rows, kind=kind)
+    new = write(tmp_path / "new.json", [rows[0], rows[1] | {figure: 12.0}], kind=kind)
+    (change,) = compare(old, new).regressions
+    assert (change.row, change.new) == ("b", 12.0) and not compare(new, old).regressions
+
+
 def test_figures_that_vanished_are_missing(tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", [endtoend("auto", 200.0, 2.0)])
     new = write(tmp_path / "new.json", [endtoend("auto", 200.0)])
