@@ -90,18 +90,25 @@ def test_graphs_that_become_garbage_spoil_no_capture() -> None:
 def test_without_a_compiler_the_twins_run_and_one_warning_says_so(tmp_path: Path) -> None:
     script = """
 import torch
+from test_gpu_faults import text_of_a_small_model
 from flashspec.kernels import decoding, gather_accepted
 device = torch.device("cuda", 0)
 kept = gather_accepted(torch.tensor([[3, 4]], device=device), torch.tensor([1], device=device))
-print(decoding.available(device), kept.tolist())
+print(decoding.available(device), kept.tolist(), text_of_a_small_model())
 """
     kept = {name: value for name, value in os.environ.items() if name not in ("PATH", "CC")}
+    paths = [Path(__file__).parent, *sys.path]
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**kept, "PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)},
+        env={**kept, "PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(map(str, paths))},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout == "False [[3, -1]]\n", done.stderr
+    assert done.stdout == f"False [[3, -1]] {text_of_a_small_model()}\n", done.stderr
     assert done.stderr.count("Triton cannot compile for") == 1 and "C compiler" in done.stderr
+
+
+def text_of_a_small_model() -> list[list[int]]:
+    engine = engine_of(llama(vocab_size=400, eos_token_id=None).to(CUDA), None, ["plain", "ngram:4", "suffix:8"])
+    return rows(engine.generate([[1, 2, 3] * 5, [4, 5]], 40))

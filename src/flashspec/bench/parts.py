@@ -16,6 +16,7 @@ from flashspec.bench.timing import Timer
 from flashspec.config import FlashSpecConfig, SamplingConfig
 from flashspec.core import Arm
 from flashspec.drafters import Drafter
+from flashspec.drafters.early_exit import EarlyExitDrafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.engine import SpeculativeEngine
 from flashspec.engine.state import DecodeState
@@ -70,8 +71,10 @@ class Bench:
     temperature: float
     forwards: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
-    def forward(self, model: LanguageModel, name: str, batch_size: int, width: int, part: str) -> Row:
-        """`width` tokens a row through all layers and the LM head."""
+    def forward(
+        self, model: LanguageModel, name: str, batch_size: int, width: int, part: str, num_layers: int | None = None
+    ) -> Row:
+        """`width` tokens a row through all layers, or the first so many, and the LM head."""
         cache = model.new_cache(batch_size, self.context)
         token_ids = torch.zeros(batch_size, width, dtype=torch.int64, device=model.device)
         places = torch.arange(self.context - width, self.context, device=model.device)
@@ -79,7 +82,7 @@ class Bench:
 
         @torch.inference_mode()
         def call(index: int) -> Any:
-            return model.logits(model.forward(token_ids, positions, cache, self.context))
+            return model.logits(model.forward(token_ids, positions, cache, self.context, num_layers))
 
         taken, spread = self.timer(call)
         self.forwards[name, batch_size, width] = taken
@@ -111,7 +114,7 @@ class Bench:
 
     def step(self, arm: Arm, drafter: Any, batch_size: int) -> Row:
         """A step as the engine runs it, the median over the second half of an answer to random tokens. The rest is what
-        it takes beyond its forwards: lookup, acceptance, commit, gaps; and an early exit's layers, timed nowhere.
+        it takes beyond its forwards, an early exit's among them: lookup, acceptance, commit, gaps.
 
         On a CPU forwards are timed where they are called, as they vary by more than the rest takes."""
         seconds, inside = self._step_seconds(arm, drafter, batch_size)
@@ -137,6 +140,10 @@ class Bench:
         """Microseconds of a step's forwards, each alone; None where the target's was not measured. A draft model reads
         two tokens first."""
         taken = self.forwards.get((self.target.name, batch_size, arm.length + 1))
+        if taken is not None and arm.drafter == EarlyExitDrafter.name:
+            layers = EarlyExitDrafter.create(self.target.model).num_layers
+            self.forward(self.target.model, arm.drafter, batch_size, 1, "drafter", layers)
+            return taken + arm.length * self.forwards[arm.drafter, batch_size, 1]
         if taken is None or not isinstance(drafter, ModelDrafter):
             return taken
         for width in (1, 2):

@@ -22,7 +22,7 @@ class EarlyExitDrafter(Drafter):
         self.num_layers = num_layers
 
     @classmethod
-    def create(cls, target: LanguageModel) -> Drafter:
+    def create(cls, target: LanguageModel) -> EarlyExitDrafter:
         return cls(max(1, target.num_layers // 3))
 
     def start(self, context: DraftContext) -> Proposer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from flashspec.bench.report import markdown, table
 from flashspec.bench.shapes import DRAFTER_SHAPES, SHAPES, Shape, random_decoder, shape_config
 from flashspec.bench.steps import Plan
 from flashspec.core import Arm, FlashSpecError
+from flashspec.drafters.early_exit import EarlyExitDrafter
 from flashspec.drafters.model import ModelDrafter
+from flashspec.models.decoder import Decoder
 from flashspec.models.loading import LoadedModel
 
 TINY = Shape("tiny", 64, 96, 4, 2, 16, 3, 50)
@@ -118,6 +121,25 @@ def test_a_draft_model_reads_two_tokens_first() -> None:
     bench.forwards = {("tiny", 1, 5): 100.0, ("small", 1, 1): 7.0}
     assert bench._forwards(arm, None, 1) == 100.0
     assert bench._forwards(arm, drafter, 1) == 100.0 + 10.0 + 3 * 7.0
+
+
+def test_an_early_exit_s_layers_are_forwards_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = random_decoder(shape_config(TINY), torch.float32, CPU), []
+    forward = Decoder.forward
+
+    def noted(self: Decoder, ids: Any, positions: Any, cache: Any, bound: int, num_layers: int | None = None) -> Any:
+        layers.append(num_layers)
+        return forward(self, ids, positions, cache, bound, num_layers)
+
+    def timer(call: Any, before: Any = None) -> tuple[float, float]:
+        call(0)
+        return 10.0, 0.0
+
+    monkeypatch.setattr(Decoder, "forward", noted)
+    bench = Bench(LoadedModel(model, None, (), "tiny"), "cpu", timer, timer, 1, 1e12, 32, 4, 0.0)
+    bench.forwards = {("tiny", 1, 5): 100.0}
+    assert bench._forwards(Arm("early-exit", 4), None, 1) == 100.0 + 4 * 10.0
+    assert layers == [EarlyExitDrafter.create(model).num_layers]
 
 
 def test_a_twin_computes_the_same_without_memory_of_its_own() -> None:
