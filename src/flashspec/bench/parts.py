@@ -117,13 +117,13 @@ class Bench:
         it takes beyond its forwards, an early exit's among them: lookup, acceptance, commit, gaps.
 
         On a CPU forwards are timed where they are called, as they vary by more than the rest takes."""
-        seconds, inside = self._step_seconds(arm, drafter, batch_size)
+        seconds, inside, outside = self._step_seconds(arm, drafter, batch_size)
         middle = len(seconds) // 2
         first, second = (1e6 * median(half) for half in (seconds[:middle] or seconds, seconds[middle:]))
         forwards = self._forwards(arm, drafter, batch_size) if inside is None else 1e6 * inside
         rest = None if forwards is None else second - forwards
-        if inside is not None:
-            rest = 1e6 * (mean(seconds) - inside)
+        if outside is not None:
+            rest = 1e6 * outside
         return {
             "part": "step",
             "method": "flashspec",
@@ -177,8 +177,8 @@ class Bench:
         shape = (batch_size, self.context - self.new_tokens)
         return torch.randint(self.target.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
-    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], float | None]:
-        """Of every step; and, on a CPU, the mean of what it spends in forwards."""
+    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], float | None, float | None]:
+        """Of every step of all rows; and, on a CPU, the means of what all steps spend in forwards and outside."""
         config = FlashSpecConfig(
             device=self.device,
             max_new_tokens=self.new_tokens,
@@ -196,8 +196,11 @@ class Bench:
         engine.generate(prompts)  # captures, and warms up
         before = sum(model.seconds for model in models)
         steps = engine.generate(prompts).steps
-        inside = (sum(model.seconds for model in models) - before) / len(steps) if models else None
-        return [step.seconds for step in steps if len(step.rows) == batch_size], inside
+        seconds = [step.seconds for step in steps if len(step.rows) == batch_size]
+        if not models:
+            return seconds, None, None
+        inside = (sum(model.seconds for model in models) - before) / len(steps)
+        return seconds, inside, mean(step.seconds for step in steps) - inside
 
     def _cost(self, model: LanguageModel, taken: float, spread: float) -> Row:
         n_bytes = step_bytes(model.config, model.dtype) if isinstance(model, Decoder) else None
