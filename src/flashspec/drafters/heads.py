@@ -31,10 +31,8 @@ from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
 KINDS = ("eagle3", "medusa", "tiny")
 MEDUSA_FILE = "medusa_lm_head.safetensors"
-LIKENESS, ALIKE = (
-    64,
-    0.5,
-)  # entries of an embedding, and the least correlation, which other models have by chance of 1e-4
+OTHER_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")  # variants of the EAGLE-3 layer
+LIKENESS, ALIKE = 64, 0.5  # entries of an embedding; the least correlation, which others have by a chance of 1e-4
 
 
 def eagle_layers(num_layers: int) -> tuple[int, int, int]:
@@ -143,13 +141,15 @@ class _Head:
         return FlashSpecError(f"the head in {self.folder} does not fit this target: {reason}")
 
     def feature_layers(self) -> tuple[int, ...]:
-        """The hidden states that it was trained on, as `Features.layers` counts: a layer's output enters the next."""
-        count, named = self.target.num_layers, self.config.get("flashspec", {}).get("feature_layers")
-        if not named:
-            return eagle_layers(count)
-        if any(not -1 <= layer < count - 1 for layer in named):  # -1: the embedding
-            raise self.refusal(f"feature_layers is {named}, and the target's last layer {count - 1}")
-        return tuple(layer + 1 for layer in named)
+        """The hidden states that it was trained on, as `Features.layers` counts: a layer's output enters the next. Our
+        heads and SGLang's name layers by their output, vLLM's by what enters them."""
+        count, given = self.target.num_layers, "eagle_aux_hidden_state_layer_ids"
+        named = self.config.get("flashspec", {}).get("feature_layers")
+        named = named or (self.config.get("eagle_config") or {}).get(given)
+        entered = [layer + 1 for layer in named] if named else self.config.get(given) or eagle_layers(count)
+        if any(not 0 <= layer < count for layer in entered):  # 0: the embedding
+            raise self.refusal(f"it reads what enters layers {list(entered)}, and the target's last is {count - 1}")
+        return tuple(entered)
 
     def scorer(self, hidden_size: int) -> Tensor:
         """The LM head: its own, or the target's rows for the tokens that it knows."""
@@ -211,6 +211,8 @@ class _Head:
 
 
 def _eagle(head: _Head, name: str) -> Drafter:
+    if unknown := [flag for flag in OTHER_NORMS if head.config.get(flag)]:
+        raise FlashSpecError(f"the head in {head.folder} has {unknown[0]}, which FlashSpec does not know to compute")
     config = replace(head.decoder_config(1), windows=(None,))
     size, layers = config.hidden_size, head.feature_layers()
     fusion = Fusion(

@@ -152,7 +152,27 @@ def test_what_is_missing_or_cut_short(tmp_path: Path) -> None:
 def test_what_is_not_known(tmp_path: Path) -> None:
     refused(write_eagle(tmp_path, flashspec={"kind": "hydra"}), "a head of kind 'hydra'; the known ones are eagle3")
     marks = {"kind": "eagle3", "feature_layers": [0, 1, LAYERS - 1]}
-    refused(write_eagle(tmp_path, flashspec=marks), r"feature_layers is \[0, 1, 6\], and the target's last layer 6")
+    refused(
+        write_eagle(tmp_path, flashspec=marks), r"it reads what enters layers \[1, 2, 7\], and the target's last is 6"
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "layers"),
+    [
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}}, (1, 4, 6)),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, (0, 3, 5)),
+        ({"eagle_config": None}, eagle_layers(LAYERS)),
+    ],
+)
+def test_public_heads_name_the_layers_that_they_read(tmp_path: Path, named: dict, layers: tuple[int, ...]) -> None:
+    assert load_head(write_eagle(tmp_path, **named), target_of(), "head").feature_layers == layers
+
+
+def test_a_layer_of_another_form_is_refused(tmp_path: Path) -> None:
+    load_head(write_eagle(tmp_path, norm_before_residual=False), target_of(), "head")
+    with pytest.raises(FlashSpecError, match="has norm_before_residual, which FlashSpec does not know to compute"):
+        load_head(write_eagle(tmp_path, norm_before_residual=True), target_of(), "head")
     refused(write_eagle(tmp_path), "needs its target's embedding; a Reciter has none", Reciter([1], VOCAB))
 
 
