@@ -58,7 +58,7 @@ def _correlation(one: str, other: str) -> float:
     try:
         a, b = (torch.frombuffer(bytearray(b64decode(each)), dtype=torch.bfloat16).double() for each in (one, other))
         return float(torch.cosine_similarity(a, b, dim=0))
-    except (ValueError, RuntimeError):  # no base64, or of other lengths
+    except (TypeError, ValueError, RuntimeError):  # no base64, or of other lengths
         return 0.0
 
 
