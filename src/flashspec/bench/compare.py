@@ -14,7 +14,15 @@ from flashspec.core import FlashSpecError
 from flashspec.models.checkpoint import read_json
 
 Key = tuple[Any, ...]
-SETTINGS = ("target", "dtype", "temperature", "max_new_tokens", "context")  # that decide the figures
+SETTINGS = (
+    "target",
+    "shape",
+    "dtype",
+    "temperature",
+    "max_new_tokens",
+    "new_tokens",
+    "context",
+)  # that decide the figures
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from statistics import mean, median
+from operator import sub
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flashspec.bench.baselines import StaticForward
 from flashspec.bench.shapes import step_bytes
 from flashspec.bench.timing import Timer
 from flashspec.config import FlashSpecConfig, SamplingConfig
-from flashspec.core import Arm
+from flashspec.core import Arm, StepRecord
 from flashspec.drafters import Drafter
 from flashspec.drafters.early_exit import EarlyExitDrafter
 from flashspec.drafters.model import ModelDrafter
@@ -117,13 +118,15 @@ class Bench:
         it takes beyond its forwards, an early exit's among them: lookup, acceptance, commit, gaps.
 
         On a CPU forwards are timed where they are called, as they vary by more than the rest takes."""
-        seconds, inside, outside = self._step_seconds(arm, drafter, batch_size)
+        seconds, inside = self._step_seconds(arm, drafter, batch_size)
         middle = len(seconds) // 2
         first, second = (1e6 * median(half) for half in (seconds[:middle] or seconds, seconds[middle:]))
-        forwards = self._forwards(arm, drafter, batch_size) if inside is None else 1e6 * inside
-        rest = None if forwards is None else second - forwards
-        if outside is not None:
-            rest = 1e6 * outside
+        if inside:
+            forwards: float | None = 1e6 * median(inside[middle:])
+            rest: float | None = 1e6 * median(map(sub, seconds[middle:], inside[middle:]))
+        else:
+            forwards = self._forwards(arm, drafter, batch_size)
+            rest = None if forwards is None else second - forwards
         return {
             "part": "step",
             "method": "flashspec",
@@ -177,8 +180,8 @@ class Bench:
         shape = (batch_size, self.context - self.new_tokens)
         return torch.randint(self.target.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
-    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], float | None, float | None]:
-        """Of every step of all rows; and, on a CPU, the means of what all steps spend in forwards and outside."""
+    def _step_seconds(self, arm: Arm, drafter: Any, batch_size: int) -> tuple[list[float], list[float]]:
+        """Of every step of all rows; and, on a CPU, what each spends in forwards."""
         config = FlashSpecConfig(
             device=self.device,
             max_new_tokens=self.new_tokens,
@@ -194,13 +197,14 @@ class Bench:
         engine = SpeculativeEngine.from_pretrained(target, [drafter] if arm.length else [], config=config, arms=[arm])
         prompts = self._prompts(batch_size)
         engine.generate(prompts)  # captures, and warms up
-        before = sum(model.seconds for model in models)
-        steps = engine.generate(prompts).steps
-        seconds = [step.seconds for step in steps if len(step.rows) == batch_size]
-        if not models:
-            return seconds, None, None
-        inside = (sum(model.seconds for model in models) - before) / len(steps)
-        return seconds, inside, mean(step.seconds for step in steps) - inside
+        steps, spent = list[StepRecord](), [sum(model.seconds for model in models)]
+        for chunk in engine.stream(prompts):
+            if not steps or chunk.record is not steps[-1]:
+                steps.append(chunk.record)
+                spent.append(sum(model.seconds for model in models))
+        whole = [index for index, step in enumerate(steps) if len(step.rows) == batch_size]
+        inside = [spent[index + 1] - spent[index] for index in whole] if models else []
+        return [steps[index].seconds for index in whole], inside
 
     def _cost(self, model: LanguageModel, taken: float, spread: float) -> Row:
         n_bytes = step_bytes(model.config, model.dtype) if isinstance(model, Decoder) else None

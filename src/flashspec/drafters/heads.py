@@ -31,7 +31,10 @@ from flashspec.models.decoder import Decoder, DecoderConfig, DecoderWeights
 
 KINDS = ("eagle3", "medusa", "tiny")
 MEDUSA_FILE = "medusa_lm_head.safetensors"
-OTHER_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")  # variants of the EAGLE-3 layer
+OTHER_FORMS = (  # of the EAGLE-3 layer
+    "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "return_hidden_post_norm",
+    "eh_proj_before_attn",
+)  # fmt: skip
 LIKENESS, ALIKE = 64, 0.5  # entries of an embedding; the least correlation, which others have by a chance of 1e-4
 
 
@@ -176,8 +179,8 @@ class _Head:
         ours = self.config.get("flashspec", {})
         own = Identity.of(self.target)
         trained, model = ours.get(own.field), ours.get("target") or "another model"
-        if own.is_of(ours) or not ours.get("target_hash"):
-            return
+        if own.is_of(ours) or not (trained or ours.get("target_likeness")):
+            return  # nothing tells
         if not own.resembles(ours):
             raise self.refusal(f"it was trained for the weights of {model}")
         if trained:
@@ -211,7 +214,8 @@ class _Head:
 
 
 def _eagle(head: _Head, name: str) -> Drafter:
-    if unknown := [flag for flag in OTHER_NORMS if head.config.get(flag)]:
+    told = {**head.config, **(head.config.get("eagle_config") or {})}
+    if unknown := [flag for flag in OTHER_FORMS if told.get(flag)]:
         raise FlashSpecError(f"the head in {head.folder} has {unknown[0]}, which FlashSpec does not know to compute")
     config = replace(head.decoder_config(1), windows=(None,))
     size, layers = config.hidden_size, head.feature_layers()

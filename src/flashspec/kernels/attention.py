@@ -24,7 +24,8 @@ from flashspec.kernels.tiling import overlapped, shared_memory
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
-MOST_PACKED = 32, 64  # queries times query heads a program, the latter beyond 32 queries; others find the cache in L2
+# Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
+MOST_PACKED = 32
 LOG2_E = math.log2(math.e)
 
 
@@ -292,11 +293,11 @@ def _combine_kernel(
     tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out, mask=dim < DIM)
 
 
-def _fitting(chunk: int, packed: int, n_bytes: int, device: torch.device) -> tuple[int, int]:
-    """Slots and queries a program, halved until its tiles fit: keys, values and queries of so many bytes a head."""
-    while (2 * chunk + packed) * triton.next_power_of_2(n_bytes) > shared_memory(device) and chunk > 16:
-        chunk, packed = (chunk, packed // 2) if packed > 32 else (chunk // 2, packed)
-    return chunk, packed
+def _fitting(chunk: int, n_bytes: int, device: torch.device) -> int:
+    """Slots a program, halved until keys, values and the most queries fit, which take so many bytes a head."""
+    while (2 * chunk + MOST_PACKED) * triton.next_power_of_2(n_bytes) > shared_memory(device) and chunk > 16:
+        chunk //= 2
+    return chunk
 
 
 def attend(
@@ -318,8 +319,8 @@ def attend(
     group, asked = n_heads // n_kv, asked or queries
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
-    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED[asked > 32])
-    chunk, packed = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, packed, dim * qkv.itemsize, qkv.device)
+    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
+    chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, dim * qkv.itemsize, qkv.device)
     mixed, stats = (
         torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )

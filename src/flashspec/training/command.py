@@ -24,7 +24,7 @@ from flashspec.training.card import (
     write_checkpoint,
 )
 from flashspec.training.features import default_feature_layers, feature_scales, hidden_states
-from flashspec.training.files import SCRATCH, alone, clear_scratch, write_json, write_whole
+from flashspec.training.files import SCRATCH, alone, clear_scratch, read_tensors, write_json, write_whole
 from flashspec.training.fit import Fit
 from flashspec.training.measure import Measure, Teacher
 from flashspec.training.rollouts import Clock, RolloutFolder, Rollouts, write_rollouts
@@ -44,7 +44,7 @@ _FIXED = (
     "unroll",
 )
 SAMPLE = 8  # texts that say how large the target's features are
-LONGER = 1.5  # times what a training was begun with, from where on its texts are few
+LONGER = 1.5  # times what there was when texts were written, from where on they are few
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ class _Work:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to go on with."""
-        return self.run.exists() and (self.state.exists() or any(self.rollouts.glob("*")))
+        """Whether there is anything to go on with, or to lose."""
+        return any((self.state.exists(), (self.out / WEIGHTS).exists(), any(self.rollouts.glob("shard-*"))))
 
 
 def never() -> bool:
@@ -123,7 +123,7 @@ def train_drafter(
         clear_scratch(out)
         target = load_target(source, device, progress)
         source_of_texts = _source_of_texts(prompts, texts)
-        if resume and work.run.exists():
+        if work.begun:
             _check_agreement(work, target, settings, source_of_texts)
             if texts is None:
                 _warn_of_few_texts(work, settings)
@@ -139,7 +139,8 @@ def train_drafter(
                 return Outcome(out, settings.kind, 0, 0, (), True)
             folder.load()  # too little is said before anything is called complete
             origin = f"prompts of {prompts.name}" if prompts else "prompts that the target thought of"
-            write_json(work.written, {"seconds": earlier + clock() - begun, "origin": origin})
+            spent = earlier + clock() - begun
+            write_json(work.written, {"seconds": spent, "origin": origin, "given": settings.seconds})
         fit, save = _prepare(target, settings, work, folder.load(), clock)
         fit.run(save, stopped=stopped, progress=progress, measured=measured)
         size = (out / WEIGHTS).stat().st_size
@@ -216,10 +217,10 @@ def _check_place(work: _Work, resume: bool) -> None:
     out = work.out
     if out.exists() and not out.is_dir():
         raise FlashSpecError(f"--out {out} is a file; it should be a folder, or nothing yet")
-    if work.run.exists():
-        if work.begun and not resume:
+    if work.run.exists() and work.begun:
+        if not resume:
             raise FlashSpecError(f"{out} holds a training already: go on with --resume, or choose another --out")
-    elif any(path.is_file() and not path.name.endswith(SCRATCH) for path in out.rglob("*")):
+    elif any(path.is_file() and path != work.run and not path.name.endswith(SCRATCH) for path in out.rglob("*")):
         what = "a model of another origin" if (out / CONFIG).exists() else "other files"
         raise FlashSpecError(f"{out} holds {what}: choose another --out")
 
@@ -236,18 +237,26 @@ def _check_agreement(work: _Work, target: Target, settings: Settings, source_of_
     for name, value in _fixed(settings).items():
         if earlier[name] != value:
             raise ValueError(f"{name} is {value}, but {work.out} was begun with {earlier[name]}")
-    if not work.begun:
-        return
     if earlier["texts"] != source_of_texts:
         raise ValueError(f"this asks for {source_of_texts}, but {work.out} was begun with {earlier['texts']}")
-    now, before = settings.seconds / 60, earlier["seconds"] / 60
-    if now < before:
-        raise ValueError(f"{now:g} minutes in all are less than the {before:g} that {work.out} was begun with")
+    if settings.seconds < min(earlier["seconds"], spent := _spent(work)):
+        raise ValueError(
+            f"{settings.seconds / 60:g} minutes in all are less than the {spent / 60:.3g} that went into {work.out}"
+        )
+
+
+def _spent(work: _Work) -> float:
+    """Seconds of writing and of training."""
+    writing = read_json(work.written)["seconds"] if work.written.exists() else RolloutFolder.open(work.rollouts).seconds
+    training = read_tensors(work.state)[1]["position"]["seconds"] if work.state.exists() else 0.0
+    return float(writing + training)
 
 
 def _warn_of_few_texts(work: _Work, settings: Settings) -> None:
-    now, before = settings.seconds / 60, read_json(work.run)["seconds"] / 60
-    if work.written.exists() and now > LONGER * before:
+    if not work.written.exists():
+        return
+    now, before = settings.seconds / 60, read_json(work.written).get("given", settings.seconds) / 60
+    if now > LONGER * before:
         warnings.warn(
             f"no text is written any more: all {now:g} minutes train on what {before:g} minutes had time for; "
             "a new --out gets more",

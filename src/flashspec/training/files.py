@@ -52,6 +52,7 @@ def write_whole(path: Path, content: bytes) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """FlashSpecError while another process is within for the same folder, where the system can tell."""
+    made = [place for place in (folder, folder.parent) if not place.exists()]
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None or not folder.is_dir():
@@ -68,6 +69,9 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with suppress(OSError):  # not empty
+            for place in made:
+                place.rmdir()
 
 
 def clear_scratch(folder: Path) -> None:

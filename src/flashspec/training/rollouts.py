@@ -22,6 +22,7 @@ from flashspec.training.target import Target
 HELD_OUT = 16  # every 16th prompt is kept from training, up to MOST_HELD_OUT of them
 MOST_HELD_OUT = 256
 ANSWERS = (0.0, 0.7)  # the temperatures of the answers; held-out ones are greedy
+SILENT = 3  # batches without a finite logit, behind which there will be none
 SHORTEST = 4  # tokens written, below which a text teaches nothing
 SHARD_TOKENS, SHARD_SECONDS = 16384, 5.0  # what a shard collects, whichever comes first: a kill loses no more
 STRAGGLERS = 0.25  # of a batch: when only so many of its texts go on, they are cut, as a step costs what it did for all
@@ -142,12 +143,13 @@ class Writer:
         self.engine = SpeculativeEngine(config, [], silent, arms=["plain"])
         self.length = min(length, target.decoder.max_context)
         self._over = over
-        self._name = target.loaded.name
+        self._name, self._silent = target.loaded.name, 0
         self._seeds = count(seed * 1_000_003 % 2**62)
 
     def write(self, prompts: list[Prompt], most: int, temperature: float = 1.0, whole: bool = True) -> list[Prompt]:
         """What the target adds to each; cut short when time is over and, unless they should be whole, when most of the
-        batch are at their end; empty where its logits are not finite. FlashSpecError where they never are."""
+        batch are at their end; empty where its logits are not finite. FlashSpecError where whole batches are, again and
+        again."""
         sampling = SamplingConfig(temperature=temperature, seed=next(self._seeds))
         generation = self.engine.stream(prompts, most, sampling=sampling)
         few = 0 if whole else STRAGGLERS * len(prompts)
@@ -155,7 +157,8 @@ class Writer:
             if len(record.rows) <= few or self._over():
                 break
         result = generation.result()
-        if all(reason == "error" for reason in result.finish_reasons):
+        self._silent = self._silent + 1 if all(reason == "error" for reason in result.finish_reasons) else 0
+        if self._silent == SILENT:
             raise FlashSpecError(f"the logits of {self._name} are not finite: it writes no text to train on")
         rows = zip(result.output_ids.tolist(), result.finish_reasons, strict=True)
         return [[] if reason == "error" else [token for token in row if token >= 0] for row, reason in rows]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flashspec.bench.compare import compare
+from flashspec.bench.compare import SETTINGS, compare
 from flashspec.core import FlashSpecError
 
 HERE = {"hardware": {"gpu": "A", "driver": "1"}}
@@ -98,7 +98,7 @@ def test_an_arm_that_accepts_less_fell(tmp_path: Path) -> None:
     assert (change.row, change.figure) == ("set a:4 1", "tokens per forward")
 
 
-@pytest.mark.parametrize("name", ["target", "dtype", "temperature", "max_new_tokens", "context"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_figures_of_other_settings_are_not_compared(tmp_path: Path, name: str) -> None:
     old = write(tmp_path / "old.json", [endtoend("auto", 2.0)], settings={name: 1})
     new = write(tmp_path / "new.json", [endtoend("auto", 1.0)], settings={name: 2})

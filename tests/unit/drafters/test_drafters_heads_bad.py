@@ -100,6 +100,10 @@ def test_a_quantisations_head_drafts_with_a_warning(tmp_path: Path, dtype: torch
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             load_head(head, target_of(dtype), "head")
+            load_head(
+                write_eagle(tmp_path, flashspec={"kind": "eagle3", "target_hash": "0-1"}), target_of(dtype), "head"
+            )
+        head = write_eagle(tmp_path, flashspec={**marks, "target_hash": "0-1", "target_hash_float16": None})
         refused(head, "trained for the weights of some/model", noisy(target_of(dtype), 20.0))
 
 
@@ -171,8 +175,9 @@ def test_public_heads_name_the_layers_that_they_read(tmp_path: Path, named: dict
 
 def test_a_layer_of_another_form_is_refused(tmp_path: Path) -> None:
     load_head(write_eagle(tmp_path, norm_before_residual=False), target_of(), "head")
-    with pytest.raises(FlashSpecError, match="has norm_before_residual, which FlashSpec does not know to compute"):
-        load_head(write_eagle(tmp_path, norm_before_residual=True), target_of(), "head")
+    for told in ({"norm_before_fc": True}, {"eagle_config": {"norm_before_fc": True}}):
+        with pytest.raises(FlashSpecError, match="has norm_before_fc, which FlashSpec does not know to compute"):
+            load_head(write_eagle(tmp_path, **told), target_of(), "head")
     refused(write_eagle(tmp_path), "needs its target's embedding; a Reciter has none", Reciter([1], VOCAB))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,10 @@ def test_stopped_while_the_target_writes(source: Path, tmp_path: Path) -> None:
     assert train(source, tmp_path / "head", stopped=stop, progress=progress) == Outcome(
         tmp_path / "head", Kind.EAGLE3, 0, 0, (), True
     )
-    with pytest.raises(ValueError, match=r"0.5 minutes in all are less than the 1 that .*head was begun with"):
-        train(source, tmp_path / "head", replace(SETTINGS, seconds=30.0), resume=True)
-    assert not train(source, tmp_path / "head", resume=True).interrupted
+    assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=5.0), resume=True).interrupted
+    with pytest.raises(ValueError, match=r"0.05 minutes in all are less than the 0.0833 that went into .*head"):
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0), resume=True)
+    assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=5.0), resume=True).interrupted
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(
@@ -280,8 +282,7 @@ class TestPlaces:
         assert [path.name for path in debris.parent.iterdir()] == ["run.json"]
 
     def test_another_target(self, source: Path, tmp_path: Path) -> None:
-        stop = StopAfter(0)
-        train(source, tmp_path / "head", stopped=stop)
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
         other = tmp_path / "other"
         model = llama(num_hidden_layers=3, vocab_size=100)
         model.model.norm.weight.add_(0.5)
@@ -291,7 +292,7 @@ class TestPlaces:
                 train(another, tmp_path / "head", resume=True)
 
     def test_other_settings(self, source: Path, tmp_path: Path) -> None:
-        train(source, tmp_path / "head", stopped=StopAfter(0))
+        train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
         with pytest.raises(ValueError, match=r"seed is 1, but .* was begun with 0"):
             train(source, tmp_path / "head", replace(SETTINGS, seed=1), resume=True)
         with pytest.raises(ValueError, match=r"kind is medusa, but .* was begun with eagle3"):
@@ -318,7 +319,25 @@ class TestPlaces:
         for resume in (False, True):
             with pytest.raises(FlashSpecError, match=r"has no tokenizer to read"):
                 train(source, tmp_path / "head", prompts=prompts, resume=resume)
-        assert not train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0)).interrupted
+        settings = replace(SETTINGS, seconds=3.0, kind=Kind.MEDUSA)
+        assert not train(source, tmp_path / "head", settings, resume=True).interrupted
+
+    def test_a_head_is_kept_though_what_it_was_made_of_is_gone(self, source: Path, tmp_path: Path) -> None:
+        out = tmp_path / "head"
+        train(source, out, replace(SETTINGS, seconds=3.0))
+        shutil.rmtree(out / "training" / "rollouts")
+        (out / "training" / "state.safetensors").unlink()
+        with pytest.raises(FlashSpecError, match=r"holds a training already"):
+            train(source, out)
+        for name in ("model.safetensors", "config.json", "README.md"):
+            (out / name).rename(out / f"my {name}")
+        with pytest.raises(FlashSpecError, match=r"holds other files: choose another --out"):
+            train(source, out)
+
+    def test_a_target_that_is_not_there_leaves_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(FlashSpecError):
+            train(tmp_path / "nowhere", tmp_path / "head")
+        assert not (tmp_path / "head").exists()
 
     def test_a_run_that_says_too_little(self, source: Path, tmp_path: Path) -> None:
         train(source, tmp_path / "head", replace(SETTINGS, seconds=3.0))
