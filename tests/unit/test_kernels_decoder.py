@@ -162,15 +162,6 @@ class Attention:
         return out, keys.nan_to_num(), values.nan_to_num()
 
 
-@pytest.fixture(params=[False, True], ids=["split", "walked"])
-def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a program has all slots of a row, as where there are many."""
-    if request.param:
-        monkeypatch.setattr(attention, "SAME_BITS", 0)
-    monkeypatch.setattr(attention, "MANY_HEADS", 0 if request.param else 1 << 30)
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("lengths", "queries", "capacity", "group", "dim", "norm", "window"),
@@ -193,7 +184,6 @@ def test_attention_equals_its_twin(
     norm: bool,
     window: int | None,
     dtype: torch.dtype,
-    walks: bool,
 ) -> None:
     call = Attention(lengths, queries, capacity, group, dim, dtype)
     for actual, expected in zip(
@@ -222,7 +212,6 @@ def test_attention_of_heads_that_are_rotated_already(
     window: int | None,
     scoring: dict,
     dtype: torch.dtype,
-    walks: bool,
 ) -> None:
     call = Attention(lengths, queries, capacity, group, dim, dtype)
     scoring = scoring | ({"sinks": call.sinks} if "sinks" in scoring else {})
@@ -240,7 +229,7 @@ def test_attention_of_heads_that_are_rotated_already(
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("asked", [1, 2])
-def test_the_last_queries_alone(asked: int, window: int | None, walks: bool) -> None:
+def test_the_last_queries_alone(asked: int, window: int | None) -> None:
     """All keys and values are written, and what is asked for has the bits that it has among the others."""
     call = Attention([6, 131, 300], 5, 310, 3, 32, torch.float32)
     whole, *written = call.run(attention.attend, True, window)
@@ -250,7 +239,7 @@ def test_the_last_queries_alone(asked: int, window: int | None, walks: bool) -> 
     assert_near(found, call.run(twin.attend, True, window, asked=asked)[0])
 
 
-def test_queries_that_share_the_last_slot(walks: bool) -> None:
+def test_queries_that_share_the_last_slot() -> None:
     """Drafts beyond the cache are clamped to its end: either value may stay, the tokens before must not notice."""
     call = Attention([14], 4, 16, 2, 16, torch.float32)
     plain = call.run(attention.attend, False, None)[0]

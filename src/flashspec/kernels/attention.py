@@ -4,8 +4,6 @@ A program owns a split of the slots for one kv head and attends with all query h
 cache is read once. It normalises and rotates what it needs itself, and writes the new keys and values that fall into
 its split. Splits start at multiples of a fixed length and are combined in their order, so a token's result has the same
 bits whatever the other queries, rows and lengths are.
-
-Many rows fill a GPU without splits: then a program walks all slots of its row, the next ones under way meanwhile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -26,10 +24,6 @@ from flashspec.kernels.tiling import overlapped, shared_memory
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
-SAME_BITS = 16  # tokens, up to which a call's results must not depend on their number
-MANY_HEADS = 128  # kv heads of all rows, from which on every multiprocessor has one to walk
-MOST_WALKING = 32  # queries a row
-WALKED, STAGES = 64, 3  # slots a step of a walk, and steps under way
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
 LOG2_E = math.log2(math.e)
@@ -253,80 +247,6 @@ def _attend_kernel(
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_asked", "window"])
-def _walk_kernel(
-    qkv_ptr,
-    waves_ptr,
-    positions_ptr,
-    norm_ptr,
-    keys_ptr,
-    values_ptr,
-    sinks_ptr,
-    out_ptr,
-    n_queries,
-    n_asked,
-    n_kv,
-    window,
-    stride_row,
-    stride_head,
-    eps,
-    scale,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    PACKED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Grid (kv heads, rows, tiles of the queries): all slots of a row."""
-    head, row = tl.program_id(0), tl.program_id(1)
-    query = tl.arange(0, QUERIES)
-    positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1).to(tl.int32)
-    last = tl.max(positions)
-    head_at = row.to(tl.int64) * stride_row + head * stride_head
-    cache = keys_ptr + head_at, values_ptr + head_at
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    packed = tl.program_id(2) * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
-    used = packed < n_asked * GROUP
-    tokens = row * n_queries + n_queries - n_asked + packed // GROUP  # [PACKED]
-    own = tl.load(positions_ptr + tokens, mask=used, other=-1).to(tl.int32)
-    dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
-    new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
-    dims = dim, dim < DIM
-    heads = head * GROUP + packed % GROUP
-    queries = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
-    _write(new, cache, head, positions, positions >= 0, dims, DIM, HALF_PAD)
-    tl.debug_barrier()
-
-    start = 0
-    if WINDOWED:
-        earliest = tl.min(tl.where(query < n_queries, positions, last))
-        start = tl.maximum(earliest - window + 1, 0) // CHUNK * CHUNK
-    top = tl.full([PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([PACKED], tl.float32)
-    mixed = tl.zeros([PACKED, DIM_PAD], tl.float32)
-    for begin in tl.range(start, last + 1, CHUNK, num_stages=STAGES):
-        slots = begin + tl.arange(0, CHUNK)
-        key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
-        scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
-        top, total, mixed = _mix(scores, value, top, total, mixed)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * 1.4426950408889634
-        highest = tl.maximum(top, sink)
-        mixed *= tl.exp2(top - highest)[:, None]
-        total = total * tl.exp2(top - highest) + tl.exp2(sink - highest)
-    place = ((row * n_asked + packed // GROUP) * n_heads + heads) * DIM
-    out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place.to(tl.int64)[:, None] + dim[None, :], out, mask=used[:, None] & (dim < DIM)[None, :])
-
-
-@triton.jit(do_not_specialize=["n_queries", "n_asked", "window"])
 def _combine_kernel(
     mixed_ptr,
     stats_ptr,
@@ -397,49 +317,31 @@ def attend(
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
     group, asked = n_heads // n_kv, asked or queries
-    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
-    chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, dim * qkv.itemsize, qkv.device)
-    out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
-    shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
-    shared |= overlapped(qkv.device)
-    tensors = qkv, waves, positions, qk_norm, keys, values
-    numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
-    sizes = {"HALF_PAD": max(triton.next_power_of_2(dim // 2), 16), "PACKED": packed}
-    sizes |= {"QUERIES": max(triton.next_power_of_2(queries), 2), "CAP": softcap and softcap * LOG2_E}
-    n_tiles = triton.cdiv(asked * group, packed)
-    if batch * queries > SAME_BITS and batch * n_kv >= MANY_HEADS and queries <= MOST_WALKING:
-        walked, head = min(chunk, WALKED), triton.next_power_of_2(dim * qkv.itemsize)
-        room = shared_memory(qkv.device) - packed * head
-        with torch.cuda.device_of(qkv):
-            _walk_kernel[(n_kv, batch, n_tiles)](
-                *tensors,
-                sinks,
-                out,
-                *numbers,
-                CHUNK=walked,
-                STAGES=min(STAGES, max(room // (2 * walked * head), 1)),
-                num_warps=WARPS,
-                **sizes,
-                **shared,
-            )
-        return out
     split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
     n_splits = triton.cdiv(capacity, split)
+    packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
+    chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, dim * qkv.itemsize, qkv.device)
     mixed, stats = (
         torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
     )
+    out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
+    shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
+    shared |= overlapped(qkv.device)
+    tensors = qkv, waves, positions, qk_norm, keys, values, mixed, stats
+    numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
     with torch.cuda.device_of(qkv):
-        _attend_kernel[(n_splits, n_kv, batch * n_tiles)](
+        _attend_kernel[(n_splits, n_kv, batch * triton.cdiv(asked * group, packed))](
             *tensors,
-            mixed,
-            stats,
             *numbers,
+            HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
+            PACKED=packed,
+            QUERIES=max(triton.next_power_of_2(queries), 2),
             THREADS=32 * WARPS,
             CHUNK=chunk,
             CHUNKS=split // chunk,
+            CAP=softcap and softcap * LOG2_E,
             num_warps=WARPS,
             num_stages=1,
-            **sizes,
             **shared,
         )
         _combine_kernel[(batch * asked, n_heads)](
