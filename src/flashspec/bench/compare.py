@@ -14,15 +14,8 @@ from flashspec.core import FlashSpecError
 from flashspec.models.checkpoint import read_json
 
 Key = tuple[Any, ...]
-SETTINGS = (
-    "target",
-    "shape",
-    "dtype",
-    "temperature",
-    "max_new_tokens",
-    "new_tokens",
-    "context",
-)  # that decide the figures
+# That decide the figures.
+SETTINGS = ("target", "shape", "dtype", "temperature", "max_new_tokens", "new_tokens", "context")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +78,20 @@ def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
         raise FlashSpecError(f"{old} and {new} have no row in common: rows are told apart by {', '.join(names)}")
     same = _same_hardware(before, after)
     sampled = bool(before.get("settings", {}).get("temperature"))
-    changes = [
-        change
+    compared = [
+        (key, figure)
         for key in common
         for figure in COLUMNS[kind]
         if _is_compared(figure, old_rows[key], same, sampled)
-        and (change := _change(key, figure, old_rows[key], new_rows[key], tolerance))
+    ]
+    changes = [
+        change for key, figure in compared if (change := _change(key, figure, old_rows[key], new_rows[key], tolerance))
     ]
     missing = [_label(key) for key in old_rows if key not in new_rows]
     missing += [
         f"{_label(key)} {figure.heading}"
-        for key in common
-        for figure in COLUMNS[kind]
-        if _is_compared(figure, old_rows[key], same, sampled)
-        and old_rows[key].get(figure.key) is not None
-        and new_rows[key].get(figure.key) is None
+        for key, figure in compared
+        if old_rows[key].get(figure.key) is not None and new_rows[key].get(figure.key) is None
     ]
     return Comparison(changes, missing, same)
 

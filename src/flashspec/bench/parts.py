@@ -198,10 +198,9 @@ class Bench:
         prompts = self._prompts(batch_size)
         engine.generate(prompts)  # captures, and warms up
         steps, spent = list[StepRecord](), [sum(model.seconds for model in models)]
-        for chunk in engine.stream(prompts):
-            if not steps or chunk.record is not steps[-1]:
-                steps.append(chunk.record)
-                spent.append(sum(model.seconds for model in models))
+        for step in engine.stream(prompts).records():
+            steps.append(step)
+            spent.append(sum(model.seconds for model in models))
         whole = [index for index, step in enumerate(steps) if len(step.rows) == batch_size]
         inside = [spent[index + 1] - spent[index] for index in whole] if models else []
         return [steps[index].seconds for index in whole], inside

@@ -32,7 +32,7 @@ MINUTES = 20.0
 @click.option(
     "--minutes",
     type=float,
-    help=f"For everything, the text included.  [default: {MINUTES:g}; with --resume what it was begun with]",
+    help=f"For everything, the text included.  [default: {MINUTES:g}; with --resume as before]",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="A new folder, or with --resume an old one."

@@ -244,7 +244,8 @@ def _verdict_kernel(
 
 
 class Plan(NamedTuple):
-    """How the work is cut: a summary takes steps * TILE tokens (coupled: STEP), a draw draw_steps * STEP."""
+    """How the work is cut: a summary takes steps * TILE tokens (coupled: STEP), a draw draw_steps * STEP, by
+    programs of draw_warps."""
 
     steps: int
     n_tiles: int

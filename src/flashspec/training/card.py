@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import flashspec
-from flashspec.drafters.heads import likeness
 from flashspec.models.checkpoint import decoder_config
 from flashspec.training.files import write_json, write_tensors, write_whole
 from flashspec.training.heads import DraftHead, Eagle3Head, HeadShape, MedusaHeads, TinyModel
@@ -56,7 +55,7 @@ def head_config(target: Target, settings: Settings, draft_vocab: int, feature_la
             "revision": target.revision,
             "target_hash": target.hash(),
             "target_hash_float16": target.float16_hash(),
-            "target_likeness": likeness(target.decoder.sample()),
+            "target_likeness": target.likeness(),
             "feature_layers": list(feature_layers),
             "shares_lm_head": settings.shares_lm_head or kind is Kind.TINY,
         },

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flashspec.core import FlashSpecError
-from flashspec.drafters.heads import target_hash
+from flashspec.drafters.heads import likeness, target_hash
 from flashspec.models.checkpoint import SafetensorsFolder, decoder_weights
 from flashspec.models.decoder import Decoder
 from flashspec.models.embedded import silent
@@ -44,6 +44,10 @@ class Target:
         stored = config.get("dtype") or config.get("torch_dtype")
         exact = self.decoder.dtype == torch.float32 or stored == "bfloat16"
         return target_hash(self.decoder.sample(), torch.float16) if exact else None
+
+    def likeness(self) -> str:
+        """What its revisions and quantisations have nearly in common."""
+        return likeness(self.decoder.sample())
 
 
 def load_target(source: str | Path, device: str | None = None, progress: Progress = silent) -> Target:
