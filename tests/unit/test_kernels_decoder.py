@@ -162,6 +162,15 @@ class Attention:
         return out, keys.nan_to_num(), values.nan_to_num()
 
 
+@pytest.fixture(params=["few tokens", "one walk", "walks"])
+def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a row's slots are cut, whatever the call's size says."""
+    monkeypatch.setattr(attention, "SAME_BITS", 1 << 30 if request.param == "few tokens" else 0)
+    monkeypatch.setattr(attention, "ENOUGH", 1 << 30 if request.param == "walks" else 1)
+    monkeypatch.setattr(attention, "LEAST_WALK", 128)
+
+
+@pytest.mark.usefixtures("walks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("lengths", "queries", "capacity", "group", "dim", "norm", "window"),
@@ -192,6 +201,7 @@ def test_attention_equals_its_twin(
         assert_near(actual, expected)
 
 
+@pytest.mark.usefixtures("walks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("lengths", "queries", "capacity", "group", "dim", "window", "scoring"),
@@ -227,6 +237,7 @@ def test_attention_of_heads_that_are_rotated_already(
         assert torch.equal(written.transpose(1, 2)[rows, call.positions], heads[:, :, first:][:, :, :2])
 
 
+@pytest.mark.usefixtures("walks")
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("asked", [1, 2])
 def test_the_last_queries_alone(asked: int, window: int | None) -> None:
@@ -239,6 +250,7 @@ def test_the_last_queries_alone(asked: int, window: int | None) -> None:
     assert_near(found, call.run(twin.attend, True, window, asked=asked)[0])
 
 
+@pytest.mark.usefixtures("walks")
 def test_queries_that_share_the_last_slot() -> None:
     """Drafts beyond the cache are clamped to its end: either value may stay, the tokens before must not notice."""
     call = Attention([14], 4, 16, 2, 16, torch.float32)

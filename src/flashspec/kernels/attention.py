@@ -3,7 +3,8 @@
 A program owns a split of the slots for one kv head and attends with all query heads of the group at once, so that the
 cache is read once. It normalises and rotates what it needs itself, and writes the new keys and values that fall into
 its split. Splits start at multiples of a fixed length and are combined in their order, so a token's result has the same
-bits whatever the other queries, rows and lengths are.
+bits whatever the other queries, rows and lengths are. Many tokens need no such promise and fill a GPU with few splits:
+then a program walks a long one, the next slots under way meanwhile, and the only one of a row needs no combining.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -11,6 +12,7 @@ bits whatever the other queries, rows and lengths are.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,10 @@ from flashspec.kernels.tiling import overlapped, shared_memory
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
+SAME_BITS = 16  # tokens, up to which a call's results must not depend on their number
+ENOUGH = 128  # programs, about one for every multiprocessor
+LEAST_WALK, LONGEST_WALK = 256, 2048  # slots a program, where there are many tokens
+WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under way
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
 LOG2_E = math.log2(math.e)
@@ -143,7 +149,7 @@ def _walk(
     positions,
     head,
     start,
-    last,
+    ends,
     window,
     scale,
     dims,
@@ -153,24 +159,37 @@ def _walk(
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """What the queries see of a split, as in `_mix`; new keys and values are written on the way."""
+    """What the queries see of a split, as in `_mix`; new keys and values are written first. ends: the row's first and
+    last new position."""
     PACKED: tl.constexpr = own.shape[0]
     HALF_PAD: tl.constexpr = queries[0].shape[1]
     top = tl.full([PACKED], float("-inf"), tl.float32)
     total = tl.zeros([PACKED], tl.float32)
     mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
-    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
-    for chunk in range(n_chunks):
-        begin = start + chunk * CHUNK
-        slots = begin + tl.arange(0, CHUNK)  # [CHUNK]
-        here = (positions >= begin) & (positions < begin + CHUNK)  # [QUERIES]
-        if tl.max(here.to(tl.int32)) > 0:
-            _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
-            tl.debug_barrier()
+    earliest, last = ends
+    here = (positions >= start) & (positions < start + CHUNK * CHUNKS)  # [QUERIES]
+    if tl.max(here.to(tl.int32)) > 0:
+        _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
+        tl.debug_barrier()
+    skipped, n_chunks = 0, 1
+    if CHUNKS > 1:
+        n_chunks = tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
+        if WINDOWED:
+            skipped = (tl.maximum(earliest - window + 1 - start, 0) // CHUNK).to(tl.int32)
+    for chunk in range(skipped, n_chunks):
+        slots = start + chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
         key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
         scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
         top, total, mixed = _mix(scores, value, top, total, mixed)
     return top, total, mixed
+
+
+@triton.jit
+def _with_sink(sink, top, total, mixed):
+    """A sum of exponentials [PACKED], and what is mixed, with a score that has no value."""
+    highest = tl.maximum(top, sink)
+    fade = tl.exp2(top - highest)
+    return highest, total * fade + tl.exp2(sink - highest), mixed * fade[:, None]
 
 
 @triton.jit
@@ -190,6 +209,8 @@ def _attend_kernel(
     norm_ptr,
     keys_ptr,
     values_ptr,
+    sinks_ptr,
+    out_ptr,
     mixed_ptr,
     stats_ptr,
     n_queries,
@@ -213,6 +234,8 @@ def _attend_kernel(
     WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Grid (splits, kv heads, rows times tiles of the queries). mixed, stats: where the splits' results go; out: where
+    the result of the only split goes."""
     split, head = tl.program_id(0), tl.program_id(1)
     n_packed = n_asked * GROUP
     n_tiles = tl.cdiv(n_packed, PACKED)
@@ -220,6 +243,7 @@ def _attend_kernel(
     query = tl.arange(0, QUERIES)
     positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1).to(tl.int32)
     last, start = tl.max(positions), split * (CHUNK * CHUNKS)
+    earliest = last
     if start > last:
         return
     if WINDOWED:
@@ -238,12 +262,21 @@ def _attend_kernel(
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
     new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     dims = dim, dim < DIM
-    queries = _rotated(new, tokens, head * GROUP + packed % GROUP, used, DIM, HALF_PAD)
+    ends, heads = (earliest, last), head * GROUP + packed % GROUP
+    queries = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
     top, total, mixed = _walk(
-        new, cache, queries, own, positions, head, start, last, window, scale, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
+        new, cache, queries, own, positions, head, start, ends, window, scale, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
     )
-    place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
-    _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
+    if out_ptr is None:
+        place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
+        _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
+    else:
+        if sinks_ptr is not None:
+            sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * 1.4426950408889634
+            top, total, mixed = _with_sink(sink, top, total, mixed)
+        place = ((row * n_asked + packed // GROUP) * n_heads + heads).to(tl.int64) * DIM
+        out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place[:, None] + dim[None, :], out, mask=used[:, None] & dims[1][None, :])
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_asked", "window"])
@@ -293,9 +326,31 @@ def _combine_kernel(
     tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out, mask=dim < DIM)
 
 
-def _fitting(chunk: int, n_bytes: int, device: torch.device) -> int:
-    """Slots a program, halved until keys, values and the most queries fit, which take so many bytes a head."""
-    while (2 * chunk + MOST_PACKED) * triton.next_power_of_2(n_bytes) > shared_memory(device) and chunk > 16:
+class Cut(NamedTuple):
+    """Slots a program and a step of its walk, and steps under way."""
+
+    split: int
+    chunk: int
+    stages: int
+
+
+def _cut(tokens: int, programs: int, capacity: int, dim: int, qkv: Tensor) -> Cut:
+    """programs: of a split."""
+    head = triton.next_power_of_2(dim * qkv.itemsize)
+    chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, head, qkv.device)
+    shortest = triton.next_power_of_2(triton.cdiv(capacity, MOST_SPLITS))
+    if tokens <= SAME_BITS:
+        return Cut(max(shortest, SPLIT), chunk, 1)
+    wanted = capacity // triton.cdiv(ENOUGH, programs)
+    split = max(shortest, min(max(triton.next_power_of_2(wanted), LEAST_WALK), LONGEST_WALK))
+    chunk = min(chunk, max(WALKED // head, 16))
+    room = shared_memory(qkv.device) - MOST_PACKED * head
+    return Cut(split, chunk, min(STAGES, max(room // (2 * chunk * head), 1)))
+
+
+def _fitting(chunk: int, head: int, device: torch.device) -> int:
+    """Slots a step, halved until keys, values and the most queries fit, which take so many bytes a head."""
+    while (2 * chunk + MOST_PACKED) * head > shared_memory(device) and chunk > 16:
         chunk //= 2
     return chunk
 
@@ -317,33 +372,34 @@ def attend(
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
     group, asked = n_heads // n_kv, asked or queries
-    split = SPLIT * triton.next_power_of_2(triton.cdiv(capacity, SPLIT * MOST_SPLITS))
-    n_splits = triton.cdiv(capacity, split)
     packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
-    chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, dim * qkv.itemsize, qkv.device)
-    mixed, stats = (
-        torch.empty(batch, n_kv, n_splits, asked * group, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2)
-    )
+    tiles = batch * triton.cdiv(asked * group, packed)
+    cut = _cut(batch * queries, n_kv * tiles, capacity, dim, qkv)
+    n_splits = triton.cdiv(capacity, cut.split)
     out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
+    parts = (batch, n_kv, n_splits, asked * group) if n_splits > 1 else None
+    mixed, stats = (parts and torch.empty(*parts, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2))
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
-    tensors = qkv, waves, positions, qk_norm, keys, values, mixed, stats
+    tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
     numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
     with torch.cuda.device_of(qkv):
-        _attend_kernel[(n_splits, n_kv, batch * triton.cdiv(asked * group, packed))](
+        _attend_kernel[(n_splits, n_kv, tiles)](
             *tensors,
             *numbers,
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
             PACKED=packed,
             QUERIES=max(triton.next_power_of_2(queries), 2),
             THREADS=32 * WARPS,
-            CHUNK=chunk,
-            CHUNKS=split // chunk,
+            CHUNK=cut.chunk,
+            CHUNKS=cut.split // cut.chunk,
             CAP=softcap and softcap * LOG2_E,
             num_warps=WARPS,
-            num_stages=1,
+            num_stages=cut.stages,
             **shared,
         )
+        if n_splits == 1:
+            return out
         _combine_kernel[(batch * asked, n_heads)](
             mixed,
             stats,
@@ -355,7 +411,7 @@ def attend(
             n_splits,
             window or 0,
             SPLITS=max(triton.next_power_of_2(n_splits), 2),
-            SLOTS=split,
+            SLOTS=cut.split,
             num_warps=4,
             **shared,
         )
