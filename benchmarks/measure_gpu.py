@@ -91,7 +91,7 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         "steps-135m": lambda: stepping("steps-135m", "135m", Plan(baselines=BASELINES[:2])),
         "steps-heads-8b": lambda: drafting("steps-heads-8b", shape="8b"),
         "steps-heads-135m": lambda: drafting("steps-heads-135m"),
-        "kernels": lambda: kernels.run(output / f"kernels-{gpu}.json", calls=5),
+        "kernels": lambda: kernels.run(output / f"kernels-{gpu}.json"),
         "batches-8b": lambda: text(
             "batches-8b",
             ["plain", "ngram:4", "auto"],

@@ -49,10 +49,9 @@ def sweep(grid: Grid, timer: Timer) -> list[dict[str, Any]]:
         batch_size, gamma, vocab_size = shape
         ours = fused.plan(batch_size, 2 * gamma + 1, vocab_size, "rejection", processors)
         times = {cut: measure(inputs, cut, timer) for cut in dict.fromkeys([ours, *cuts(vocab_size)])}
-        best = sorted(times, key=times.__getitem__)[:3]
-        row = {**verification_names(shape, dtype), "ours": [*ours, times[ours]], "best": [[*c, times[c]] for c in best]}
-        rows.append(row)
-        print(row, flush=True)
+        found = [[*cut, times[cut]] for cut in sorted(times, key=times.__getitem__)]
+        rows.append({**verification_names(shape, dtype), "ours": [*ours, times[ours]], "cuts": found})
+        print(*verification_names(shape, dtype).values(), "ours", rows[-1]["ours"], "best", found[:3], flush=True)
     return rows
 
 

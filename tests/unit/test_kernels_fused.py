@@ -1,6 +1,7 @@
 """Fused verification: the kernel against its twin (interpreted on a CPU, for real on a GPU), the twin against the
 sampler that it stands in for."""
 
+import itertools
 import math
 from typing import Any
 
@@ -189,13 +190,15 @@ def test_any_strides_give_the_same() -> None:
 
 @needs_triton
 def test_every_program_has_one_piece_of_one_row() -> None:
-    """The plan at both ends: one row spread over all multiprocessors, many rows in long pieces."""
-    one, many = (fused.plan(*size, "rejection", 132) for size in ((1, 9, 128_256), (32, 17, 151_936)))
-    assert one.steps == 1 and 132 <= 9 * one.n_tiles <= 528 and one.n_draws == 126
-    assert many.steps > 1 and many.draw_steps > 1
-    for cut, vocab_size in ((one, 128_256), (many, 151_936)):
+    """The plan at both ends: few rows have all their programs run at once, many rows have long pieces."""
+    for batch_size, gamma, vocab_size in itertools.product((1, 4, 32), (1, 4, 16), (32_000, 128_256, 151_936)):
+        cut = fused.plan(batch_size, 2 * gamma + 1, vocab_size, "rejection", 132)
         assert (cut.n_tiles - 1) * cut.steps * 4096 < vocab_size <= cut.n_tiles * cut.steps * 4096
         assert (cut.n_draws - 1) * cut.draw_steps * 1024 < vocab_size <= cut.n_draws * cut.draw_steps * 1024
+        assert batch_size * cut.n_draws <= (132 if batch_size <= 4 else 32 * 19)
+    one, many = (fused.plan(*size, "rejection", 132) for size in ((1, 9, 128_256), (32, 17, 151_936)))
+    assert one.steps == 1 and one.n_draws == 126
+    assert many.steps > 1 and many.draw_steps > 1
 
 
 CUTS = {

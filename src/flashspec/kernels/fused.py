@@ -11,6 +11,7 @@ further sequences of the same launches: they are of the raw logits, which penalt
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from flashspec.kernels.summary import TILE, _combine, _row_at, _summary_kernel
 from flashspec.kernels.tiling import overlapped
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
-# Swept on an H200. Longer pieces cost less a token, but 132 multiprocessors want many; 16 steps are no better than 8.
+# Swept on an H200, as the rules of `plan`: 3 % behind the best cut of each size. 16 steps are no better than 8.
 PIECES, MOST_STEPS = 6, 8
 WARPS = 8
 # Of more rows what no verdict needs is skipped, and the launches do not overlap: programs that wait take up room then
@@ -255,19 +256,32 @@ class Plan(NamedTuple):
 
 
 def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, processors: int) -> Plan:
-    """Long pieces, as they cost least a token, but at least PIECES of them for every multiprocessor."""
+    """Few rows: no more programs than run at once. Many: long pieces cost least a token, short ones end together."""
     size = STEP.value if variant == "coupled" else TILE.value
-    steps, n_tiles = pieces(batch_size * sequences, vocab_size, size, PIECES * processors)
+    tiles = batch_size * sequences * triton.cdiv(vocab_size, size)
+    draws = batch_size * triton.cdiv(vocab_size, STEP.value)
+    if variant == "coupled":
+        wanted, draw_wanted = tiles // (PIECES * processors), 1
+    elif batch_size <= FEW_ROWS:
+        wanted, draw_wanted = triton.cdiv(4 * tiles, 9 * processors), triton.cdiv(draws, processors)
+    else:
+        wanted, draw_wanted = (_power_near_root(n / processors) for n in (tiles / 2, 2 * draws))
+    steps, n_tiles = pieces(vocab_size, size, wanted)
     if variant in ("coupled", "greedy"):
         return Plan(steps, n_tiles, 1, 1, WARPS)
-    draw_steps, n_draws = pieces(batch_size, vocab_size, STEP.value, processors)
+    draw_steps, n_draws = pieces(vocab_size, STEP.value, draw_wanted)
     draw_warps = 4 if draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
     return Plan(steps, n_tiles, draw_steps, n_draws, draw_warps)
 
 
-def pieces(sequences: int, vocab_size: int, size: int, wanted: int) -> tuple[int, int]:
-    """(steps of `size` tokens a piece, pieces a sequence), so that there are `wanted` pieces if that is possible."""
-    steps = min(max(sequences * triton.cdiv(vocab_size, size) // wanted, 1), MOST_STEPS)
+def _power_near_root(x: float) -> int:
+    """The power of two next to the square root, at least 1."""
+    return int(2 ** max(round(math.log2(x) / 2), 0))
+
+
+def pieces(vocab_size: int, size: int, wanted: int) -> tuple[int, int]:
+    """(steps of `size` tokens a piece, pieces a sequence): the steps that are wanted, if they may be so many."""
+    steps = min(max(wanted, 1), MOST_STEPS)
     return steps, triton.cdiv(vocab_size, steps * size)
 
 
