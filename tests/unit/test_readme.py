@@ -36,9 +36,9 @@ def the(file: str, figure: str, **wanted: Any) -> float:
     return float(rows(file, **wanted)[0][figure])
 
 
-def span(file: str, figure: str, kept: Callable[[Row], bool] = lambda row: True, **wanted: Any) -> list[float]:
+def span(file: str, figure: str, **wanted: Any) -> list[float]:
     """The least and the most of such rows."""
-    figures = [row[figure] for row in rows(file, **wanted) if row.get(figure) is not None and kept(row)]
+    figures = [row[figure] for row in rows(file, **wanted) if row.get(figure) is not None]
     return [min(figures), max(figures)]
 
 
@@ -63,10 +63,7 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
         r"checks eight draft tokens takes ([\d.]+) % more",
         lambda: [100 * (the(STEPS, "over_plain", width=9, **OURS) - 1)],
     ),
-    (
-        r"neither target nor drafter ([\d.]+) to ([\d.]+) µs",
-        lambda: span(STEPS, "rest_microseconds", lambda row: not row["arm"].startswith("early-exit"), part="step"),
-    ),
+    (r"neither target nor drafter ([\d.]+) to ([\d.]+) µs", lambda: span(STEPS, "rest_microseconds", part="step")),
     (r"first token comes ([\d.]+) s after", lambda: [the(START, "first_token_seconds", caches="cold")]),
     (r"compiled, ([\d.]+) s later on", lambda: span(START, "first_token_seconds", caches="warm")[1:]),
     (
