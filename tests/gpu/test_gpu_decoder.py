@@ -28,6 +28,7 @@ SHAPES = {
         "qk_norm": True,
         "windows": (None, 50),
     },
+    "wide-144": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 144},
     "biases-96": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 96, "qkv_bias": True, "output_bias": True},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -162,12 +163,13 @@ class Attention:
         return out, keys.nan_to_num(), values.nan_to_num()
 
 
-@pytest.fixture(params=["few tokens", "one walk", "walks"])
+@pytest.fixture(params=["few tokens", "long walks", "walks"])
 def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How a row's slots are cut, whatever the call's size says."""
     monkeypatch.setattr(attention, "SAME_BITS", 1 << 30 if request.param == "few tokens" else 0)
     monkeypatch.setattr(attention, "ENOUGH", 1 << 30 if request.param == "walks" else 1)
-    monkeypatch.setattr(attention, "LEAST_WALK", 128)
+    monkeypatch.setattr(attention, "SHORT", 128)
+    monkeypatch.setattr(attention, "WALKED", 1 << 10)
 
 
 @pytest.mark.usefixtures("walks")
@@ -304,3 +306,46 @@ def test_attention_takes_what_fits_into_shared_memory(
 ) -> None:
     monkeypatch.setattr(attention, "shared_memory", lambda device: room)
     assert attention._fitting(chunk, head, torch.device("cpu")) == fits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "programs", "capacity", "split"),
+    [
+        (5, 8, 1024, 128),  # few tokens: whatever else there is
+        (16, 128, 4096, 128),
+        (16, 8, 131072, 4096),
+        (20, 32, 1024, 256),
+        (40, 64, 1024, 512),
+        (40, 64, 4096, 512),  # most of which may be empty
+        (32, 256, 1024, 1024),  # enough programs without splits
+        (32, 256, 600, 1024),
+        (32, 256, 8, 256),
+        (32, 256, 131072, 4096),
+    ],
+)
+def test_many_tokens_have_long_splits(tokens: int, programs: int, capacity: int, split: int) -> None:
+    for dtype, dim in itertools.product(DTYPES, (16, 128, 144, 256)):
+        found = attention.plan(tokens, programs, capacity, dim, normal(1, 1, dtype=dtype))
+        assert found.split == split and found.split % found.chunk == 0
+        assert (found.stages == 1) == (tokens <= 16 or dtype == torch.float32)
+
+
+@pytest.mark.parametrize("room", [100352, 231424])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_what_is_under_way_fits_into_shared_memory(dim: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "shared_memory", lambda device: room)
+    found = attention.plan(40, 64, 1024, dim, normal(1, 1, dtype=torch.float16))
+    assert found.stages == 3 and 2 * (found.stages - 1) * found.chunk * dim * 2 <= room - (20 << 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "dim", "window"), [(5, 128, None), (5, 128, 100), (7, 144, 300)])
+def test_many_tokens_equal_their_twin(queries: int, dim: int, window: int | None, dtype: torch.dtype) -> None:
+    """Cut as it is in use: rows of which some see none or only a part of a split."""
+    call = Attention([690, 300, 40, 520], queries, 700, 4, dim, dtype)
+    for actual, expected in zip(
+        call.run(attention.attend, False, window, sinks=call.sinks),
+        call.run(twin.attend, False, window, sinks=call.sinks),
+        strict=True,
+    ):
+        assert_near(actual, expected)

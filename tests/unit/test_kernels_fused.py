@@ -189,16 +189,29 @@ def test_any_strides_give_the_same() -> None:
 
 
 @needs_triton
-def test_every_program_has_one_piece_of_one_row() -> None:
-    """The plan at both ends: few rows have all their programs run at once, many rows have long pieces."""
-    for batch_size, gamma, vocab_size in itertools.product((1, 4, 32), (1, 4, 16), (32_000, 128_256, 151_936)):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_pieces_are_the_vocabulary(variant: str) -> None:
+    size = 1024 if variant == "coupled" else 4096
+    for batch_size, gamma, vocab_size in itertools.product(
+        (1, 4, 32, 512), (1, 4, 16), (1000, 32_000, 49_152, 151_936)
+    ):
+        cut = fused.plan(batch_size, 2 * gamma + 1, vocab_size, variant, 132)
+        assert (cut.n_tiles - 1) * cut.steps * size < vocab_size <= cut.n_tiles * cut.steps * size
+        assert cut.steps <= 8 and cut.draw_steps <= 8
+        if variant in ("rejection", "typical"):
+            assert (cut.n_draws - 1) * cut.draw_steps * 1024 < vocab_size <= cut.n_draws * cut.draw_steps * 1024
+
+
+@needs_triton
+def test_the_draws_of_few_rows_have_room() -> None:
+    for batch_size, gamma, vocab_size in itertools.product((1, 4), (1, 4, 16), (32_000, 128_256, 151_936)):
         cut = fused.plan(batch_size, 2 * gamma + 1, vocab_size, "rejection", 132)
-        assert (cut.n_tiles - 1) * cut.steps * 4096 < vocab_size <= cut.n_tiles * cut.steps * 4096
-        assert (cut.n_draws - 1) * cut.draw_steps * 1024 < vocab_size <= cut.n_draws * cut.draw_steps * 1024
-        assert batch_size * cut.n_draws <= (132 if batch_size <= 4 else 32 * 19)
+        assert batch_size * cut.n_draws <= 132
+        assert batch_size * (2 * gamma + 1) * cut.n_tiles <= 2.5 * 132 or cut.steps == 8
     one, many = (fused.plan(*size, "rejection", 132) for size in ((1, 9, 128_256), (32, 17, 151_936)))
-    assert one.steps == 1 and one.n_draws == 126
-    assert many.steps > 1 and many.draw_steps > 1
+    assert (one.steps, one.n_draws) == (1, 126) and many.steps > 1 and many.draw_steps > 1
+    assert fused.pieces(49_152, 4096, 8) == (6, 2)  # not 8 and 4
+    assert fused.pieces(1000, 4096, 8) == (1, 1)
 
 
 CUTS = {

@@ -28,8 +28,10 @@ MOST_SPLITS = 32
 WARPS = 4
 SAME_BITS = 16  # tokens, up to which a call's results must not depend on their number
 ENOUGH = 128  # programs, about one for every multiprocessor
-LEAST_WALK, LONGEST_WALK = 256, 2048  # slots a program, where there are many tokens
+# Slots a program where there are many tokens. What is used of a capacity is not known: too few programs keep to LONG.
+SHORT, LONG, LONGEST = 256, 512, 2048
 WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under way
+SCRATCH = 24 << 10  # bytes of shared memory beyond what is under way, with some to spare
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
 LOG2_E = math.log2(math.e)
@@ -93,14 +95,14 @@ def _cached(cache, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.constexpr)
 
 
 @triton.jit
-def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for the split's first slots while the launch before this one ends."""
+def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Ask for the first slots while the launch before this one ends."""
     keys_ptr, values_ptr = cache
     if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
-        piece_at = start * DIM + tl.arange(0, THREADS) * (CHUNK * DIM // THREADS)
-        piece: tl.constexpr = CHUNK * DIM // THREADS * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        ask_ahead(keys_ptr + piece_at, piece)
-        ask_ahead(values_ptr + piece_at, piece)
+        slot_at = (start + tl.arange(0, CHUNK)) * DIM
+        piece: tl.constexpr = DIM * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        ask_ahead(keys_ptr + slot_at, piece)
+        ask_ahead(values_ptr + slot_at, piece)
     gdc_wait()
     gdc_launch_dependents()
 
@@ -149,7 +151,8 @@ def _walk(
     positions,
     head,
     start,
-    ends,
+    skipped,
+    last,
     window,
     scale,
     dims,
@@ -159,23 +162,18 @@ def _walk(
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """What the queries see of a split, as in `_mix`; new keys and values are written first. ends: the row's first and
-    last new position."""
+    """What the queries see of a split, as in `_mix`; new keys and values are written first. skipped: chunks that no
+    query sees."""
     PACKED: tl.constexpr = own.shape[0]
     HALF_PAD: tl.constexpr = queries[0].shape[1]
     top = tl.full([PACKED], float("-inf"), tl.float32)
     total = tl.zeros([PACKED], tl.float32)
     mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
-    earliest, last = ends
     here = (positions >= start) & (positions < start + CHUNK * CHUNKS)  # [QUERIES]
     if tl.max(here.to(tl.int32)) > 0:
         _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
         tl.debug_barrier()
-    skipped, n_chunks = 0, 1
-    if CHUNKS > 1:
-        n_chunks = tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
-        if WINDOWED:
-            skipped = (tl.maximum(earliest - window + 1 - start, 0) // CHUNK).to(tl.int32)
+    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
     for chunk in range(skipped, n_chunks):
         slots = start + chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
         key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
@@ -186,10 +184,10 @@ def _walk(
 
 @triton.jit
 def _with_sink(sink, top, total, mixed):
-    """A sum of exponentials [PACKED], and what is mixed, with a score that has no value."""
+    """The sum of exponentials [PACKED], and what is mixed, with a score that has no value."""
     highest = tl.maximum(top, sink)
     fade = tl.exp2(top - highest)
-    return highest, total * fade + tl.exp2(sink - highest), mixed * fade[:, None]
+    return total * fade + tl.exp2(sink - highest), mixed * fade[:, None]
 
 
 @triton.jit
@@ -227,7 +225,6 @@ def _attend_kernel(
     DIM_PAD: tl.constexpr,
     PACKED: tl.constexpr,
     QUERIES: tl.constexpr,
-    THREADS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CAP: tl.constexpr,
@@ -243,17 +240,19 @@ def _attend_kernel(
     query = tl.arange(0, QUERIES)
     positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1).to(tl.int32)
     last, start = tl.max(positions), split * (CHUNK * CHUNKS)
-    earliest = last
+    skipped = 0
     if start > last:
         return
     if WINDOWED:
-        earliest = tl.min(tl.where(query < n_queries, positions, last))
-        if start + CHUNK * CHUNKS <= earliest - window + 1:
+        hidden = tl.min(tl.where(query < n_queries, positions, last)) - window + 1 - start  # slots, or below 0
+        if hidden >= CHUNK * CHUNKS:
             return
+        if CHUNKS > 1:
+            skipped = tl.maximum(hidden, 0) // CHUNK
     head_at = row.to(tl.int64) * stride_row + head * stride_head
     cache = keys_ptr + head_at, values_ptr + head_at
     if OVERLAP:
-        _ask_and_wait(cache, start, stride_head, DIM, CHUNK, THREADS)
+        _ask_and_wait(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
 
     packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
     used = packed < n_packed
@@ -262,10 +261,26 @@ def _attend_kernel(
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
     new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     dims = dim, dim < DIM
-    ends, heads = (earliest, last), head * GROUP + packed % GROUP
+    heads = head * GROUP + packed % GROUP
     queries = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
     top, total, mixed = _walk(
-        new, cache, queries, own, positions, head, start, ends, window, scale, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
+        new,
+        cache,
+        queries,
+        own,
+        positions,
+        head,
+        start,
+        skipped,
+        last,
+        window,
+        scale,
+        dims,
+        DIM,
+        CHUNK,
+        CHUNKS,
+        CAP,
+        WINDOWED,
     )
     if out_ptr is None:
         place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
@@ -273,7 +288,7 @@ def _attend_kernel(
     else:
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * 1.4426950408889634
-            top, total, mixed = _with_sink(sink, top, total, mixed)
+            total, mixed = _with_sink(sink, top, total, mixed)
         place = ((row * n_asked + packed // GROUP) * n_heads + heads).to(tl.int64) * DIM
         out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place[:, None] + dim[None, :], out, mask=used[:, None] & dims[1][None, :])
@@ -326,26 +341,28 @@ def _combine_kernel(
     tl.store(out_ptr + (token * n_heads + head) * DIM + dim, out, mask=dim < DIM)
 
 
-class Cut(NamedTuple):
-    """Slots a program and a step of its walk, and steps under way."""
+class Plan(NamedTuple):
+    """Slots a program, slots a step of its walk, steps under way."""
 
     split: int
     chunk: int
     stages: int
 
 
-def _cut(tokens: int, programs: int, capacity: int, dim: int, qkv: Tensor) -> Cut:
-    """programs: of a split."""
+def plan(tokens: int, programs: int, capacity: int, dim: int, qkv: Tensor) -> Plan:
+    """programs: how many a split has, one for each kv head and tile of the queries."""
     head = triton.next_power_of_2(dim * qkv.itemsize)
     chunk = _fitting(32 if qkv.dtype == torch.float32 else SPLIT, head, qkv.device)
     shortest = triton.next_power_of_2(triton.cdiv(capacity, MOST_SPLITS))
     if tokens <= SAME_BITS:
-        return Cut(max(shortest, SPLIT), chunk, 1)
-    wanted = capacity // triton.cdiv(ENOUGH, programs)
-    split = max(shortest, min(max(triton.next_power_of_2(wanted), LEAST_WALK), LONGEST_WALK))
+        return Plan(max(shortest, SPLIT), chunk, 1)
+    wanted = triton.next_power_of_2(capacity * min(programs, ENOUGH) // ENOUGH)
+    split = max(shortest, SHORT, min(wanted, LONG if programs < ENOUGH else LONGEST))
+    if qkv.dtype == torch.float32:  # its products are no matrix instructions, and registers are short
+        return Plan(split, chunk, 1)
     chunk = min(chunk, max(WALKED // head, 16))
-    room = shared_memory(qkv.device) - MOST_PACKED * head
-    return Cut(split, chunk, min(STAGES, max(room // (2 * chunk * head), 1)))
+    under_way = (shared_memory(qkv.device) - SCRATCH) // (2 * chunk * head)  # besides the step that is worked on
+    return Plan(split, chunk, min(STAGES, 1 + max(under_way, 0)))
 
 
 def _fitting(chunk: int, head: int, device: torch.device) -> int:
@@ -374,11 +391,13 @@ def attend(
     group, asked = n_heads // n_kv, asked or queries
     packed = min(max(triton.next_power_of_2(asked * group), 16), MOST_PACKED)
     tiles = batch * triton.cdiv(asked * group, packed)
-    cut = _cut(batch * queries, n_kv * tiles, capacity, dim, qkv)
+    cut = plan(batch * queries, n_kv * tiles, capacity, dim, qkv)
     n_splits = triton.cdiv(capacity, cut.split)
     out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
-    parts = (batch, n_kv, n_splits, asked * group) if n_splits > 1 else None
-    mixed, stats = (parts and torch.empty(*parts, n, dtype=torch.float32, device=qkv.device) for n in (dim, 2))
+    mixed = stats = None
+    if n_splits > 1:
+        mixed = torch.empty(batch, n_kv, n_splits, asked * group, dim, dtype=torch.float32, device=qkv.device)
+        stats = torch.empty(batch, n_kv, n_splits, asked * group, 2, dtype=torch.float32, device=qkv.device)
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
@@ -390,7 +409,6 @@ def attend(
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
             PACKED=packed,
             QUERIES=max(triton.next_power_of_2(queries), 2),
-            THREADS=32 * WARPS,
             CHUNK=cut.chunk,
             CHUNKS=cut.split // cut.chunk,
             CAP=softcap and softcap * LOG2_E,

@@ -93,8 +93,8 @@ def choose_tokens(
     (batch_size, vocab_size), gamma = logits.shape, draft.token_ids.shape[1]
     if not batch_size:
         return
-    wanted = batch_size * triton.cdiv(vocab_size, STEP.value) // processors(logits.device)
-    steps, n_tiles = pieces(vocab_size, STEP.value, wanted)
+    steps = batch_size * triton.cdiv(vocab_size, STEP.value) // processors(logits.device)
+    steps, n_tiles = pieces(vocab_size, STEP.value, steps)
     table = torch.empty(3 * batch_size * n_tiles, dtype=torch.float32, device=logits.device)
     rows = tuple(None if tensor is None else tensor.contiguous() for tensor in (seeds, lengths, temperature, floors))
     overlap = overlapped(logits.device)

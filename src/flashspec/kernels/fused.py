@@ -28,8 +28,7 @@ from flashspec.kernels.summary import TILE, _combine, _row_at, _summary_kernel
 from flashspec.kernels.tiling import overlapped
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
-# Swept on an H200, as the rules of `plan`: 3 % behind the best cut of each size. 16 steps are no better than 8.
-PIECES, MOST_STEPS = 6, 8
+PIECES, MOST_STEPS = 6, 8  # pieces a multiprocessor at the least, steps a piece at the most: 16 are no better
 WARPS = 8
 # Of more rows what no verdict needs is skipped, and the launches do not overlap: programs that wait take up room then
 # (61.6 µs in place of 54.6 at B = 32, γ = 4, V = 128,256; 7.5 in place of 8.3 at B = 1).
@@ -256,20 +255,19 @@ class Plan(NamedTuple):
 
 
 def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, processors: int) -> Plan:
-    """Few rows: no more programs than run at once. Many: long pieces cost least a token, short ones end together."""
+    """Draws of few rows wait beside the summary, so together they should be no more programs than run at once. Of many
+    rows long pieces cost least a token, and short ones end together. Without a draw all have room."""
     size = STEP.value if variant == "coupled" else TILE.value
     tiles = batch_size * sequences * triton.cdiv(vocab_size, size)
-    draws = batch_size * triton.cdiv(vocab_size, STEP.value)
-    if variant == "coupled":
-        wanted, draw_wanted = tiles // (PIECES * processors), 1
-    elif batch_size <= FEW_ROWS:
-        wanted, draw_wanted = triton.cdiv(4 * tiles, 9 * processors), triton.cdiv(draws, processors)
-    else:
-        wanted, draw_wanted = (_power_near_root(n / processors) for n in (tiles / 2, 2 * draws))
-    steps, n_tiles = pieces(vocab_size, size, wanted)
     if variant in ("coupled", "greedy"):
-        return Plan(steps, n_tiles, 1, 1, WARPS)
-    draw_steps, n_draws = pieces(vocab_size, STEP.value, draw_wanted)
+        return Plan(*pieces(vocab_size, size, tiles // (PIECES * processors)), 1, 1, WARPS)
+    draws = batch_size * triton.cdiv(vocab_size, STEP.value)
+    if batch_size <= FEW_ROWS:
+        steps, draw_steps = triton.cdiv(4 * tiles, 9 * processors), triton.cdiv(draws, processors)
+    else:
+        steps, draw_steps = (_power_near_root(n / processors) for n in (tiles / 2, 2 * draws))
+    steps, n_tiles = pieces(vocab_size, size, steps)
+    draw_steps, n_draws = pieces(vocab_size, STEP.value, draw_steps)
     draw_warps = 4 if draw_steps == MOST_STEPS else WARPS  # fewer cost 1 µs at B = 1, win 6 at B = 32
     return Plan(steps, n_tiles, draw_steps, n_draws, draw_warps)
 
@@ -279,10 +277,11 @@ def _power_near_root(x: float) -> int:
     return int(2 ** max(round(math.log2(x) / 2), 0))
 
 
-def pieces(vocab_size: int, size: int, wanted: int) -> tuple[int, int]:
-    """(steps of `size` tokens a piece, pieces a sequence): the steps that are wanted, if they may be so many."""
-    steps = min(max(wanted, 1), MOST_STEPS)
-    return steps, triton.cdiv(vocab_size, steps * size)
+def pieces(vocab_size: int, size: int, steps: int) -> tuple[int, int]:
+    """(steps of `size` tokens a piece, pieces a sequence), as even as they can be with so many steps at the most."""
+    n_steps = triton.cdiv(vocab_size, size)
+    n_pieces = triton.cdiv(n_steps, min(max(steps, 1), MOST_STEPS))
+    return triton.cdiv(n_steps, n_pieces), n_pieces
 
 
 @functools.cache

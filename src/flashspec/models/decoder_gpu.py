@@ -1,4 +1,4 @@
-"""The Llama family's forward for few tokens on a GPU: six launches a layer, all of which a CUDA graph may hold.
+"""The Llama family's forward for few tokens on a GPU: five or six launches a layer, all of which a CUDA graph may hold.
 
 The grids depend on the cache's capacity, never on lengths, which are read on the device.
 """
