@@ -25,6 +25,7 @@ GRID = Grid(
     dtypes=[torch.bfloat16],
     shapes=[Shape("tiny", 64, 96, 4, 2, 16, 1, 50)],
     tokens=[3],
+    prompts=[],
     context=32,
     device="cpu",
 )

@@ -339,7 +339,7 @@ def test_what_is_under_way_fits_into_shared_memory(dim: int, room: int, monkeypa
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("queries", "dim", "window"), [(5, 128, None), (5, 128, 100), (7, 144, 300)])
+@pytest.mark.parametrize(("queries", "dim", "window"), [(9, 128, None), (5, 128, 100), (7, 144, 300)])
 def test_many_tokens_equal_their_twin(queries: int, dim: int, window: int | None, dtype: torch.dtype) -> None:
     """Cut as it is in use: rows of which some see none or only a part of a split."""
     call = Attention([690, 300, 40, 520], queries, 700, 4, dim, dtype)

@@ -45,6 +45,7 @@ class Grid:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     shapes: Sequence[Shape] = (SHAPES["1b"], SHAPES["8b"], SHAPES["70b"])
     tokens: Sequence[int] = (1, 5)
+    prompts: Sequence[int] = (128, 256)
     context: int = 1024
     device: str = "cuda"
 
@@ -61,7 +62,9 @@ class Grid:
 
     def attentions(self) -> Iterator[tuple[Shape, int, int]]:
         """shape, batch size, query tokens a row"""
-        yield from itertools.product(self.shapes, self.batch_sizes, self.tokens)
+        for shape in self.shapes:
+            for rows, tokens in ((self.batch_sizes, self.tokens), ((1,), self.prompts)):
+                yield from itertools.product((shape,), rows, tokens)
 
 
 QUICK = Grid(batch_sizes=(1, 8), gammas=(4,), vocab_sizes=(128_256,), shapes=(SHAPES["8b"],))

@@ -162,14 +162,14 @@ def _walk(
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """What the queries see of a split, as in `_mix`; new keys and values are written first. skipped: chunks that no
-    query sees."""
+    """What the queries see of a split, as in `_mix`; new keys and values up to the last position are written first.
+    skipped: chunks that no query sees."""
     PACKED: tl.constexpr = own.shape[0]
     HALF_PAD: tl.constexpr = queries[0].shape[1]
     top = tl.full([PACKED], float("-inf"), tl.float32)
     total = tl.zeros([PACKED], tl.float32)
     mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
-    here = (positions >= start) & (positions < start + CHUNK * CHUNKS)  # [QUERIES]
+    here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
     if tl.max(here.to(tl.int32)) > 0:
         _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
         tl.debug_barrier()
@@ -239,11 +239,16 @@ def _attend_kernel(
     row, tile = tl.program_id(2) // n_tiles, tl.program_id(2) % n_tiles
     query = tl.arange(0, QUERIES)
     positions = tl.load(positions_ptr + row * n_queries + query, mask=query < n_queries, other=-1).to(tl.int32)
-    last, start = tl.max(positions), split * (CHUNK * CHUNKS)
+    packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
+    used = packed < n_packed
+    tokens = row * n_queries + n_queries - n_asked + packed // GROUP  # [PACKED]
+    own = tl.load(positions_ptr + tokens, mask=used, other=-1).to(tl.int32)
+    last, start = tl.max(own), split * (CHUNK * CHUNKS)
     skipped = 0
     if start > last:
         return
     if WINDOWED:
+        # Of all new tokens, as those that are not asked for are written too.
         hidden = tl.min(tl.where(query < n_queries, positions, last)) - window + 1 - start  # slots, or below 0
         if hidden >= CHUNK * CHUNKS:
             return
@@ -254,10 +259,6 @@ def _attend_kernel(
     if OVERLAP:
         _ask_and_wait(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
 
-    packed = tile * PACKED + tl.arange(0, PACKED)  # [PACKED], query major
-    used = packed < n_packed
-    tokens = row * n_queries + n_queries - n_asked + packed // GROUP  # [PACKED]
-    own = tl.load(positions_ptr + tokens, mask=used, other=-1).to(tl.int32)
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
     new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     dims = dim, dim < DIM
