@@ -359,9 +359,9 @@ def plan(tokens: int, programs: int, capacity: int, dim: int, qkv: Tensor) -> Pl
         return Plan(max(shortest, SPLIT), chunk, 1)
     wanted = triton.next_power_of_2(capacity * min(programs, ENOUGH) // ENOUGH)
     split = max(shortest, SHORT, min(wanted, LONG if programs < ENOUGH else LONGEST))
+    chunk = min(chunk, max(WALKED // head, 16))
     if qkv.dtype == torch.float32:  # its products are no matrix instructions, and registers are short
         return Plan(split, chunk, 1)
-    chunk = min(chunk, max(WALKED // head, 16))
     under_way = (shared_memory(qkv.device) - SCRATCH) // (2 * chunk * head)  # besides the step that is worked on
     return Plan(split, chunk, min(STAGES, 1 + max(under_way, 0)))
 
