@@ -167,6 +167,11 @@ class WrongShape:
         return torch.zeros(1, gamma + 1, dtype=torch.int64), torch.zeros(1, gamma + 1, 6)
 
 
+class Probabilities:
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(1, gamma, dtype=torch.int64), torch.full((1, gamma, 6), 1 / 6)
+
+
 class OutOfVocabulary:
     def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.full((1, gamma), 6), torch.zeros(1, gamma, 6)
@@ -181,6 +186,7 @@ class CertainlyOutside:
     ("source", "reason"),
     [
         (WrongShape(), r"shapes \(1, 3\) and \(1, 3, 6\)"),
+        (Probabilities(), "a log-probability of 0.167, above 0"),
         (OutOfVocabulary(), "the vocabulary"),
         (CertainlyOutside(), "the vocabulary"),
     ],
@@ -311,11 +317,11 @@ class Offering(Drafter):
 
     name = "offering"
 
-    def __init__(self, proposal: list[int]) -> None:
-        self.proposal = proposal
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
 
     def start(self, context: DraftContext) -> Proposer:
-        draft = Draft(torch.tensor([self.proposal]), torch.tensor([len(self.proposal)]))
+        draft = self.draft
 
         class Offers(Proposer):
             def propose(self, context: DraftContext, length: int) -> Draft:
@@ -324,11 +330,29 @@ class Offering(Drafter):
         return Offers()
 
 
-@pytest.mark.parametrize(("proposal", "message"), [([99], "ids outside the vocabulary of 7"), ([1] * 4, "4 columns")])
-def test_a_draft_that_cannot_be_scored_costs_the_drafter_its_place(proposal: list[int], message: str) -> None:
+ONE, THREE = torch.tensor([1]), torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (Draft(torch.tensor([[99]]), ONE), "ids outside the vocabulary of 7"),
+        (Draft(torch.ones(1, 4, dtype=torch.int64), ONE), "4 columns"),
+        (Draft(THREE.int(), ONE), r"token_ids is \(1, 3\) torch.int32; it should be \(1, 3\) torch.int64"),
+        (Draft(THREE[0], ONE), r"token_ids is \(3,\)"),
+        (Draft(THREE.repeat(2, 1), ONE), r"token_ids is \(2, 3\)"),
+        (Draft(THREE, ONE.repeat(2)), r"lengths is \(2,\)"),
+        (Draft(THREE, ONE.float()), "lengths is .* torch.float32"),
+        (Draft(THREE, -ONE), r"lengths are \[-1\]; it has 3 columns"),
+        (Draft(THREE, ONE + 3), r"lengths are \[4\]; it has 3 columns"),
+        (Draft(THREE, ONE, torch.zeros(1, 3, 8)), r"logits is \(1, 3, 8\) torch.float32; it should be \(1, 3, 7\)"),
+        (Draft(THREE, ONE, None, ONE), "faulty is .* torch.int64; it should be .* torch.bool"),
+    ],
+)
+def test_a_draft_that_cannot_be_scored_costs_the_drafter_its_place(draft: Draft, message: str) -> None:
     target = MarkovModel.random(7, seed=11)
     with pytest.warns(RuntimeWarning, match=message):
-        found = decode(target, [[1, 2]], ["plain", "offering:3"], {"offering": Offering(proposal)}, 20, temperature=0)
+        found = decode(target, [[1, 2]], ["plain", "offering:3"], {"offering": Offering(draft)}, 20, temperature=0)
     assert found == [greedy_text(target, [1, 2], 20)]
 
 

@@ -185,7 +185,7 @@ BAD = {
     "temperature": (("--temperature", "-1"), "temperature is -1.0: "),
     "nan": (("--temperature", "nan"), "temperature is nan: "),
     "top_p": (("--top-p", "0"), "top_p is 0.0: "),
-    "max_new_tokens": (("--max-new-tokens", "0"), "max_new_tokens is 0: "),
+    "max_new_tokens": (("--max-new-tokens", "-3"), "'--max-new-tokens': -3 is not in the range x>=1"),
     "lengths": (("--lengths", "4,0"), "'4,0' should be numbers from 1 to 64"),
     "lengths word": (("--lengths", "4,x"), "'4,x' should be numbers from 1 to 64"),
     "arm": (("--arm", "ngram"), "arm 'ngram' should read 'plain' or 'drafter:length'"),
@@ -414,10 +414,14 @@ def test_models_lists_the_cache_and_the_drafters(invoke, tmp_path):
     folder = tmp_path / "cache" / "models" / "Tiny"
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(bytes(2_500_000))
+    for name in ("gguf-1", "gguf-2"):
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "weights").write_bytes(bytes(500_000))
     out = invoke("models")[1]
     assert out.startswith(f"{tmp_path / 'cache' / 'models'}\n")
     assert ["Tiny", "2.5"] in [line.split() for line in out.splitlines()]
-    assert "eagle3, early-exit, medusa, model, ngram, suffix" in out
+    assert out.count("GGUF") == 1 and "1.0" in out
+    assert "eagle3, early-exit, medusa, ngram, suffix" in out
 
 
 def test_bench_passes_on_what_was_named(invoke, monkeypatch, tmp_path):

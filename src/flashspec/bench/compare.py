@@ -47,13 +47,15 @@ class Comparison:
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.fell]
 
-    def table(self) -> Table:
+    def table(self, everything: bool = True) -> Table:
+        """Of all figures, or of those that fell."""
         place = "the same hardware" if self.same_hardware else "different hardware, ratios within each run only"
         missing = f"not in the new file: {', '.join(self.missing)}" if self.missing else None
-        found = Table(title=place, caption=missing, box=SIMPLE_HEAD)
+        shown = self.changes if everything else self.regressions
+        found = Table(title=f"{len(self.changes)} figures, {place}", caption=missing, box=SIMPLE_HEAD)
         for heading in ("row", "figure", "old", "new", "new / old, of times old / new"):
             found.add_column(heading, justify="left" if heading in ("row", "figure") else "right")
-        for change in self.changes:
+        for change in shown:
             ratio = f"{change.ratio:.3f}" + (" fell" if change.fell else "")
             old, new = f"{change.old:.4g}", f"{change.new:.4g}"
             found.add_row(change.row, change.figure, old, new, ratio, style="red" if change.fell else None)

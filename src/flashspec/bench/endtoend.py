@@ -53,7 +53,7 @@ def run(
     device = device or default_device()
     origin = provenance(device)  # now, not when the files may have changed
     setup = Setup.load(target, drafters or None, device, dtype, max_new_tokens, temperature, progress, shape)
-    sets = [load_prompts(path, limit) for path in prompts] or [SMALL]
+    sets = [load_prompts(path, limit) for path in prompts] or [SMALL.spread(limit)]
     encoded = {found.name: [_encode(prompt, setup) for prompt in found.prompts] for found in sets}
     longest = max(len(prompt) for found in encoded.values() for prompt in found)
     setup = replace(setup, room=longest + max_new_tokens, arms=tuple(name for name in methods if is_arm(name)))

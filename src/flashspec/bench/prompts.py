@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashspec.core import FlashSpecError
@@ -16,6 +16,12 @@ class PromptSet:
     name: str
     prompts: tuple[str, ...]
 
+    def spread(self, limit: int | None) -> PromptSet:
+        """At most so many, evenly over all."""
+        if limit is None or limit >= len(self.prompts):
+            return self
+        return replace(self, prompts=tuple(self.prompts[i * len(self.prompts) // limit] for i in range(limit)))
+
 
 def load_prompts(path: Path, limit: int | None = None) -> PromptSet:
     """The prompts that `read_prompts` finds. A limit takes prompts spread evenly over the file, so that every category
@@ -23,9 +29,7 @@ def load_prompts(path: Path, limit: int | None = None) -> PromptSet:
     prompts = read_prompts(path)
     if not prompts:
         raise FlashSpecError(f"prompts file {path} holds no prompt")
-    if limit is not None and limit < len(prompts):
-        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
-    return PromptSet(path.stem, tuple(prompts))
+    return PromptSet(path.stem, tuple(prompts)).spread(limit)
 
 
 SMALL = PromptSet(

@@ -85,7 +85,7 @@ def bench() -> None:
     help="Also hf-compiled (on a GPU), hf-lookup, hf-assisted, arms such as ngram:4 or eagle3:4, and the selectors "
     "ucb1 and thompson; auto@arms, ucb1@arms and thompson@arms choose among the arms of this list.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="So many prompts of each file.")
+@click.option("--limit", type=click.IntRange(min=1), help="So many prompts of each file, or of those built in.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True)
 @batch_size_option
@@ -160,7 +160,8 @@ def steps(
     show_default=True,
     help="How far a figure may fall. Shares of the same text may not.",
 )
-def compare(old: Path, new: Path, tolerance: float) -> None:
+@click.option("--all", "everything", is_flag=True, help="List what did not fall, too.")
+def compare(old: Path, new: Path, tolerance: float, everything: bool) -> None:
     """Whether NEW is slower than OLD, accepts less, writes other texts or lacks figures; exit status 1 if so."""
     from rich.console import Console
 
@@ -168,7 +169,7 @@ def compare(old: Path, new: Path, tolerance: float) -> None:
     from flashspec.core import FlashSpecError
 
     found = compare_files(old, new, tolerance)
-    Console().print(found.table())
+    Console().print(found.table(everything))
     if found.regressions:
         count, total = len(found.regressions), len(found.changes)
         raise FlashSpecError(

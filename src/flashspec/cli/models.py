@@ -8,6 +8,7 @@ import click
 @click.command()
 def models() -> None:
     """List the cached models and the registered drafters."""
+    unpacked = 0
     from rich.console import Console
     from rich.table import Table
 
@@ -20,9 +21,15 @@ def models() -> None:
     table.add_column("MB", justify="right")
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         size = sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
-        table.add_row(entry.name, f"{size / 1e6:.1f}")
+        if entry.name.startswith("gguf-"):
+            unpacked += size
+        else:
+            table.add_row(entry.name, f"{size / 1e6:.1f}")
+    if unpacked:
+        table.add_row("weights unpacked from GGUF files", f"{unpacked / 1e6:.1f}")
     console = Console(highlight=False)
     console.print(f"{folder}" if table.row_count else f"nothing is cached in {folder}", soft_wrap=True, markup=False)
     if table.row_count:
         console.print(table)
-    console.print(f"drafters: {', '.join(list_drafters())}, or any model with the target's vocabulary", soft_wrap=True)
+    named = ", ".join(name for name in list_drafters() if name != "model")
+    console.print(f"drafters: {named}, or any model with the target's vocabulary", soft_wrap=True)

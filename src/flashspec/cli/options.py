@@ -156,7 +156,12 @@ _SAMPLING = (
     click.option("--repetition-penalty", type=float, default=1.0, help="Above 1, prompt and text repeat less."),
     click.option("--presence-penalty", type=float, default=0.0, help="Off the logits of tokens written before."),
     click.option("--frequency-penalty", type=float, default=0.0, help="The same, for every time they were."),
-    click.option("--seed", type=int, help="Makes sampled text repeatable.  [default: a fresh one]"),
+    click.option(
+        "--seed",
+        type=int,
+        help="Repeats sampled text with --variant coupled or a single arm; else arms, and so the "
+        "text, follow the clock.  [default: a fresh one]",
+    ),
     click.option("--stop", multiple=True, help="End ahead of this text. Repeatable."),
     click.option("--min-tokens", type=int, default=0, help="No end before so many tokens."),
     click.option(
@@ -186,7 +191,9 @@ def engine_options(command: Command) -> Command:
         command(options=EngineOptions(**named, sampling=sampling), **values)
 
     decorated: Command = collect
-    limit = click.option("--max-new-tokens", type=int, default=256, show_default=True, help="The longest answer.")
+    limit = click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="The longest answer."
+    )
     for option in reversed((*_SPECULATION, limit, *_SAMPLING)):
         decorated = option(decorated)
     return model_options(decorated)

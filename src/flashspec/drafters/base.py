@@ -64,7 +64,7 @@ class DraftContext(Protocol):
 
 
 class Proposer(ABC):
-    """A drafter at work on one batch. An exception from either method quarantines the drafter, not the request."""
+    """A drafter at work on one batch. An exception from any method quarantines the drafter, not the request."""
 
     def prepare(self, context: DraftContext) -> None:
         """Host work before a step: catching up a cache or an index. Its time counts as the arm's."""
@@ -80,7 +80,9 @@ class Proposer(ABC):
     def propose(self, context: DraftContext, length: int) -> Draft:
         """At most `length` tokens a row, as a pure function of tensors unless the drafter works on the host; fewer
         columns than `length`, and tensors on the CPU, may come from a host drafter. Whether a draft is empty may depend
-        on the past, but on nothing drawn for this step: another arm may then draft instead, with the same noise."""
+        on the past, but on nothing drawn for this step: another arm may then draft instead, with the same noise. Logits
+        must be those the tokens were drawn from; rows with NaN in them have to be named in `faulty`, which
+        `DraftContext.draw` does."""
 
 
 class Drafter(ABC):

@@ -50,6 +50,9 @@ class Generation:
     def __iter__(self) -> Iterator[Chunk]:
         yield from self._chunks  # not the generator itself: that one and self keep each other alive when a loop is left
 
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
     def records(self) -> Iterator[StepRecord]:
         """The same, a step an item, for callers of `result` only: half of a large batch's host time is its Chunks."""
         with closing(self._outputs) as outputs:

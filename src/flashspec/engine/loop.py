@@ -71,17 +71,32 @@ class _Guarded(Proposer):
     def propose(self, context: DraftContext, length: int) -> Draft:
         with _blaming_the_drafter():
             draft = self.inner.propose(context, length)
-            _check(draft, length, context.target.model.vocab_size)
+            _check(draft, len(context.tokens), length, context.target.model.vocab_size)
             return draft
 
 
-def _check(draft: Draft, length: int, vocab_size: int) -> None:
-    """ValueError for a draft that is too wide and, where reading it is free, for ids outside the vocabulary."""
+def _check(draft: Draft, rows: int, length: int, vocab_size: int) -> None:
+    """ValueError for a draft that is no `Draft` of so many rows, is too wide, and where reading them is free for ids
+    outside the vocabulary and lengths outside the draft."""
     ids = draft.token_ids
-    if ids.shape[1] > length:
+    if ids.ndim == 2 and ids.shape[1] > length:
         raise ValueError(f"its draft has {ids.shape[1]} columns; it was asked for {length}")
+    columns = ids.shape[-1]
+    whole, yes = torch.int64, torch.bool
+    for name, tensor, shape, dtype in (
+        ("token_ids", ids, (rows, columns), whole),
+        ("lengths", draft.lengths, (rows,), whole),
+        ("logits", draft.logits, (rows, columns, vocab_size), None),
+        ("faulty", draft.faulty, (rows,), yes),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != (dtype or tensor.dtype)):
+            wanted = f"{shape}{'' if dtype is None else f' {dtype}'}"
+            raise ValueError(f"its draft's {name} is {tuple(tensor.shape)} {tensor.dtype}; it should be {wanted}")
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(f"its draft holds ids outside the vocabulary of {vocab_size}")
+    lengths = draft.lengths
+    if lengths.device.type == "cpu" and rows and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
+        raise ValueError(f"its draft's lengths are {lengths.tolist()}; it has {columns} columns")
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The only door to the kernels: Triton on a GPU that it suits, C++ on a CPU with a compiler, PyTorch twins elsewhere;
-callers never ask which one runs.
+"""The door to the kernels of a step (`decoding` is the one to a decoder's): Triton on a GPU that it suits, C++ on a CPU
+with a compiler, PyTorch twins elsewhere; callers never ask which one runs.
 
 B rows, γ draft tokens (0 is allowed), Q positions, V vocabulary entries. Every function raises ValueError,
 naming the argument, for a shape, dtype or device that does not fit. Nothing is read back from a GPU.

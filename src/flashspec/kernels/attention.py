@@ -387,6 +387,7 @@ def attend(
     sinks: Tensor | None = None,
     asked: int | None = None,
 ) -> Tensor:
+    """As `kernels.decoding` says."""
     (batch, queries), (_, n_kv, capacity, dim) = positions.shape, keys.shape
     n_heads = qkv.shape[1] // dim - 2 * n_kv
     group, asked = n_heads // n_kv, asked or queries

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from flashspec.bench.prompts import load_prompts
+from flashspec.bench.prompts import SMALL, load_prompts
 from flashspec.core import FlashSpecError
 
 
@@ -18,6 +18,7 @@ def test_a_limit_spreads_over_the_file(tmp_path: Path) -> None:
     path.write_text("\n".join(str(i) for i in range(10)))
     assert load_prompts(path, 3).prompts == ("0", "3", "6")
     assert len(load_prompts(path, 99).prompts) == 10
+    assert SMALL.spread(2).prompts == SMALL.prompts[::2] and SMALL.spread(None) is SMALL
 
 
 @pytest.mark.parametrize("content", ['{"turns": []}', '{"other": 1}', "{not json", "", b"\xff\xfe"])

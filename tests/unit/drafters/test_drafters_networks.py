@@ -124,6 +124,19 @@ def test_generate_draft_is_asked_for_every_active_row_alone() -> None:
     assert source.asked[2:] == PROMPTS[1:]
 
 
+class Sparing:
+    """Nothing for one row, a token for the other."""
+
+    def generate_draft(self, input_ids: torch.Tensor, gamma: int) -> tuple[torch.Tensor, None]:
+        return torch.full((1, int(input_ids.tolist() == PROMPTS[:1])), 4), None
+
+
+def test_generate_draft_may_find_less_than_it_was_asked_for() -> None:
+    draft = draft_of(HostDrafter(Sparing(), "host"), state_of())
+    assert draft.lengths.tolist() == [1, 0] and draft.token_ids[0, 0] == 4
+    assert draft.faulty is not None and not draft.faulty.any()
+
+
 class Certain:
     """Log-probabilities for one row, and none for the other."""
 
