@@ -169,13 +169,14 @@ def _walk(
     top = tl.full([PACKED], float("-inf"), tl.float32)
     total = tl.zeros([PACKED], tl.float32)
     mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
+    first = start + tl.arange(0, CHUNK)  # [CHUNK]
     here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
     if tl.max(here.to(tl.int32)) > 0:
         _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
         tl.debug_barrier()
     n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
     for chunk in range(skipped, n_chunks):
-        slots = start + chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+        slots = first + chunk * CHUNK
         key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
         scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
         top, total, mixed = _mix(scores, value, top, total, mixed)
