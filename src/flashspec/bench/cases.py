@@ -62,9 +62,8 @@ class Grid:
 
     def attentions(self) -> Iterator[tuple[Shape, int, int]]:
         """shape, batch size, query tokens a row"""
-        for shape in self.shapes:
-            for rows, tokens in ((self.batch_sizes, self.tokens), ((1,), self.prompts)):
-                yield from itertools.product((shape,), rows, tokens)
+        yield from itertools.product(self.shapes, self.batch_sizes, self.tokens)
+        yield from itertools.product(self.shapes, (1,), self.prompts)
 
 
 QUICK = Grid(batch_sizes=(1, 8), gammas=(4,), vocab_sizes=(128_256,), shapes=(SHAPES["8b"],))

@@ -8,14 +8,13 @@ import click
 @click.command()
 def models() -> None:
     """List the cached models and the registered drafters."""
-    unpacked = 0
     from rich.console import Console
     from rich.table import Table
 
     from flashspec.cache import cache_dir
     from flashspec.drafters import list_drafters
 
-    folder = cache_dir() / "models"
+    folder, unpacked = cache_dir() / "models", 0
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("cached", overflow="fold")
     table.add_column("MB", justify="right")

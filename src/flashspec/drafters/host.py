@@ -52,10 +52,8 @@ class HostProposer(Proposer):
                         f"generate_draft returned shapes {tuple(ids.shape)} and {tuple(logprobs.shape)}; they should "
                         f"be (1, n) and (1, n, {vocab_size}), n at most {length}"
                     )
-                if n and logprobs.max() > 1e-3:
-                    raise ValueError(
-                        f"generate_draft returned a log-probability of {float(logprobs.max()):.3g}, above 0"
-                    )
+                if n and (most := float(logprobs.max())) > 1e-3:
+                    raise ValueError(f"generate_draft returned a log-probability of {most:.3g}, above 0")
                 token_ids[row, :n], logits[row, :n], given[row] = ids[0], logprobs[0], n
         sound = logits.amax(-1).isfinite() & (token_ids >= 0) & (token_ids < vocab_size)  # (B, length)
         lengths = sound.long().cumprod(1).sum(1).minimum(given)

@@ -20,6 +20,7 @@ from flashspec.engine.outcome import Letter, News, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import verify
 from flashspec.engine.workspace import Workspace
+from flashspec.kernels.checks import check
 from flashspec.models.reader import Reader
 
 CRITICAL = 0.95  # of what the row that is furthest behind has still to write: such rows end last
@@ -78,23 +79,17 @@ class _Guarded(Proposer):
 def _check(draft: Draft, rows: int, length: int, vocab_size: int) -> None:
     """ValueError for a draft that is no `Draft` of so many rows, is too wide, and where reading them is free for ids
     outside the vocabulary and lengths outside the draft."""
-    ids = draft.token_ids
-    if ids.ndim == 2 and ids.shape[1] > length:
-        raise ValueError(f"its draft has {ids.shape[1]} columns; it was asked for {length}")
-    columns = ids.shape[-1]
-    whole, yes = torch.int64, torch.bool
-    for name, tensor, shape, dtype in (
-        ("token_ids", ids, (rows, columns), whole),
-        ("lengths", draft.lengths, (rows,), whole),
-        ("logits", draft.logits, (rows, columns, vocab_size), None),
-        ("faulty", draft.faulty, (rows,), yes),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != (dtype or tensor.dtype)):
-            wanted = f"{shape}{'' if dtype is None else f' {dtype}'}"
-            raise ValueError(f"its draft's {name} is {tuple(tensor.shape)} {tensor.dtype}; it should be {wanted}")
+    ids, lengths, columns = draft.token_ids, draft.lengths, draft.token_ids.shape[-1]
+    if columns > length:
+        raise ValueError(f"its draft has {columns} columns; it was asked for {length}")
+    check("its draft's token_ids", ids, (rows, columns), (torch.int64,), ids.device)
+    check("its draft's lengths", lengths, (rows,), (torch.int64,), ids.device)
+    if draft.logits is not None:
+        check("its draft's logits", draft.logits, (rows, columns, vocab_size), (draft.logits.dtype,), ids.device)
+    if draft.faulty is not None:
+        check("its draft's faulty", draft.faulty, (rows,), (torch.bool,), ids.device)
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(f"its draft holds ids outside the vocabulary of {vocab_size}")
-    lengths = draft.lengths
     if lengths.device.type == "cpu" and rows and not 0 <= int(lengths.min()) <= int(lengths.max()) <= columns:
         raise ValueError(f"its draft's lengths are {lengths.tolist()}; it has {columns} columns")
 

@@ -11,7 +11,6 @@ then a program walks a long one, the next slots under way meanwhile, and the onl
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashspec.kernels.draw import LOG2E
 from flashspec.kernels.linear import ask_ahead
 from flashspec.kernels.tiling import overlapped, shared_memory
 
@@ -34,7 +34,6 @@ WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under w
 SCRATCH = 24 << 10  # bytes of shared memory beyond what is under way, with some to spare
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.conste
 @triton.jit
 def _capped(scores, CAP: tl.constexpr):
     """CAP * tanh(scores / CAP)."""
-    fallen = tl.exp2(tl.abs(scores) * (-2 * 1.4426950408889634 / CAP))
+    fallen = tl.exp2(tl.abs(scores) * (-2 * LOG2E / CAP))
     size = CAP * (1 - fallen) / (1 + fallen)
     return tl.where(scores < 0, -size, size)
 
@@ -150,11 +149,8 @@ def _walk(
     own,
     positions,
     head,
-    start,
-    skipped,
-    last,
-    window,
-    scale,
+    ends,
+    rule,
     dims,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -163,7 +159,9 @@ def _walk(
     WINDOWED: tl.constexpr,
 ):
     """What the queries see of a split, as in `_mix`; new keys and values up to the last position are written first.
-    skipped: chunks that no query sees."""
+    ends: (first slot, chunks that no query sees, last position); rule: (window, scale)."""
+    start, skipped, last = ends
+    window, scale = rule
     PACKED: tl.constexpr = own.shape[0]
     HALF_PAD: tl.constexpr = queries[0].shape[1]
     top = tl.full([PACKED], float("-inf"), tl.float32)
@@ -265,31 +263,16 @@ def _attend_kernel(
     dims = dim, dim < DIM
     heads = head * GROUP + packed % GROUP
     queries = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
+    ends, rule = (start, skipped, last), (window, scale)
     top, total, mixed = _walk(
-        new,
-        cache,
-        queries,
-        own,
-        positions,
-        head,
-        start,
-        skipped,
-        last,
-        window,
-        scale,
-        dims,
-        DIM,
-        CHUNK,
-        CHUNKS,
-        CAP,
-        WINDOWED,
+        new, cache, queries, own, positions, head, ends, rule, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
     )
     if out_ptr is None:
         place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
         _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
     else:
         if sinks_ptr is not None:
-            sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * 1.4426950408889634
+            sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * LOG2E
             total, mixed = _with_sink(sink, top, total, mixed)
         place = ((row * n_asked + packed // GROUP) * n_heads + heads).to(tl.int64) * DIM
         out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -333,7 +316,7 @@ def _combine_kernel(
     mixed = tl.load(mixed_ptr + at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0)  # [SPLITS, DIM_PAD]
     highest = tl.max(top)
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         highest = tl.maximum(highest, sink)
     weights = tl.exp2(top - highest)
     out, whole = tl.sum(mixed * weights[:, None], 0), tl.sum(total * weights)
@@ -404,7 +387,7 @@ def attend(
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
-    numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2_E
+    numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2E.value
     with torch.cuda.device_of(qkv):
         _attend_kernel[(n_splits, n_kv, tiles)](
             *tensors,
@@ -414,7 +397,7 @@ def attend(
             QUERIES=max(triton.next_power_of_2(queries), 2),
             CHUNK=cut.chunk,
             CHUNKS=cut.split // cut.chunk,
-            CAP=softcap and softcap * LOG2_E,
+            CAP=softcap and softcap * LOG2E.value,
             num_warps=WARPS,
             num_stages=cut.stages,
             **shared,

@@ -263,7 +263,8 @@ def plan(batch_size: int, sequences: int, vocab_size: int, variant: str, process
         return Plan(*pieces(vocab_size, size, tiles // (PIECES * processors)), 1, 1, WARPS)
     draws = batch_size * triton.cdiv(vocab_size, STEP.value)
     if batch_size <= FEW_ROWS:
-        steps, draw_steps = triton.cdiv(4 * tiles, 9 * processors), triton.cdiv(draws, processors)
+        steps = triton.cdiv(4 * tiles, 9 * processors)  # 2.25 programs a multiprocessor leave room for one of a draw
+        draw_steps = triton.cdiv(draws, processors)
     else:
         steps, draw_steps = (_power_near_root(n / processors) for n in (tiles / 2, 2 * draws))
     steps, n_tiles = pieces(vocab_size, size, steps)
