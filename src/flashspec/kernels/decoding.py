@@ -72,5 +72,24 @@ class InBytes(NamedTuple):
 Weight = Tensor | InBytes
 
 
+class Ends(NamedTuple):
+    """What a product's kernel does beside multiplying: of `project` and `project_gated` (bias, squares, eps), of
+    `project_add` (bias, hidden, norm; weighted and parts are its other results)."""
+
+    bias: Tensor | None = None
+    squares: Tensor | None = None
+    hidden: Tensor | None = None
+    norm: Tensor | None = None
+    weighted: Tensor | None = None
+    parts: Tensor | None = None
+    eps: float = 0.0
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return self[:-1]
+
+    def n_squares(self) -> int:
+        return 1 if self.squares is None else self.squares.shape[1]
+
+
 def values_of(weight: Weight) -> Tensor:
     return weight.values if isinstance(weight, InBytes) else weight

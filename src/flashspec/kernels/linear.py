@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels import elementwise
-from flashspec.kernels.decoding import InBytes, Weight, values_of
+from flashspec.kernels import direct, elementwise
+from flashspec.kernels.decoding import Ends, InBytes, Weight, values_of
 from flashspec.kernels.tiling import IN_NO_CACHE, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
 LATE = 32 << 20
+MEASURED = 8  # tokens
 LEAST_COLUMNS, MOST_COLUMNS = 16, 128  # of a matrix instruction, of what registers hold
 
 
@@ -215,37 +216,45 @@ def project(
     dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty(x.shape[0], len(values_of(weight)), dtype=dtype, device=x.device)
-    _launch(x, weight, out, bias=bias, squares=squares, eps=eps)
+    _launch(x, weight, out, Ends(bias, squares, eps=eps))
     return out
 
 
 def project_gated(x: Tensor, weight: Weight, squares: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape[0], len(values_of(weight)) // 2, dtype=x.dtype, device=x.device)
-    _launch(x, weight, out, squares=squares, eps=eps, gated=True)
+    _launch(x, weight, out, Ends(squares=squares, eps=eps), gated=True)
     return out
 
 
 def project_add(
     x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values = values_of(weight)
     out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
-    parts = torch.empty(len(x), triton.cdiv(len(values), tiling_of(values).rows), dtype=torch.float32, device=x.device)
-    _launch(x, weight, out, bias=bias, hidden=hidden, norm=norm, weighted=weighted, parts=parts)
+    parts = torch.empty(len(x), n_parts(weight, len(x)), dtype=torch.float32, device=x.device)
+    _launch(x, weight, out, Ends(bias, None, hidden, norm, weighted, parts))
     return out, weighted, parts
+
+
+def n_parts(weight: Weight, tokens: int) -> int:
+    """Into how many the squares of `project_add` are summed."""
+    values = values_of(weight)
+    rows = direct.ROWS if direct.takes(values, tokens) else tiling_of(values).rows
+    return -(-len(values) // rows)
 
 
 def tune(weights: Sequence[Weight], gated: bool) -> None:
     """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
     first = values_of(weights[0])
+    if direct.takes(first, MEASURED):
+        return
     dtype = first.dtype if first.is_floating_point() else torch.bfloat16
-    x = torch.randn(8, first.shape[1], dtype=dtype, device=first.device)
-    out = torch.empty(8, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
+    x = torch.randn(MEASURED, first.shape[1], dtype=dtype, device=first.device)
+    out = torch.empty(MEASURED, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
     several = max(2, min(len(weights), -(-IN_NO_CACHE // first.nbytes)))
 
     def run() -> None:
         for index in range(several):
-            _launch(x, weights[index % len(weights)], out, gated=gated)
+            _launch(x, weights[index % len(weights)], out, Ends(), gated)
 
     choose([(first, gated)], run)
 
@@ -258,20 +267,10 @@ def _operands(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor | None,
     return found, weight.values, weight.scales, token_scales
 
 
-def _launch(
-    x: Tensor,
-    weight: Weight,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    squares: Tensor | None = None,
-    hidden: Tensor | None = None,
-    norm: Tensor | None = None,
-    weighted: Tensor | None = None,
-    parts: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-) -> None:
+def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, gated: bool = False) -> None:
+    if direct.takes(values_of(weight), len(x)):
+        direct.launch(x, values_of(weight), out, ends, gated)
+        return
     M, K = x.shape
     N = out.shape[1]
     x, values, scales, token_scales = _operands(x, weight)
@@ -292,29 +291,24 @@ def _launch(
             scales,
             token_scales,
             out,
-            bias,
-            squares,
-            hidden,
-            norm,
-            weighted,
-            parts,
+            *ends.pointers(),
             M,
             N,
             K,
             K // strands,
-            1 if squares is None else squares.shape[1],
+            ends.n_squares(),
             ahead // 16 * 16,
-            eps,
+            ends.eps,
             TOKENS=tokens,
             ROWS=tiling.rows,
             DEPTH=tiling.depth,
             STRANDS=strands,
             THREADS=threads,
             EVEN=K // strands % tiling.depth == 0,
-            SQUARES=0 if squares is None else triton.next_power_of_2(squares.shape[1]),
+            SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
-            HAS_BIAS=bias is not None,
-            ADDS=hidden is not None,
+            HAS_BIAS=ends.bias is not None,
+            ADDS=ends.hidden is not None,
             LATE=values.nbytes >= LATE,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),

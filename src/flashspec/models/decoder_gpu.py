@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.kernels import attention, elementwise, linear, recording
+from flashspec.kernels import attention, direct, elementwise, linear, recording
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes, Weight, values_of
-from flashspec.kernels.tiling import IN_NO_CACHE, choose, tiling_of
+from flashspec.kernels.tiling import IN_NO_CACHE, choose
 from flashspec.models.base import Features, KVCache
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class FewTokens:
         token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
+        products = [product for product in products if not direct.takes(product[0], tokens=1)]
         try:
             choose(products, lambda: self._rehearse(token, cache))
             self._score.tune()
@@ -142,7 +143,7 @@ class FewTokens:
     ) -> Tensor:
         """Every product at the memory's speed, with norm, activation and residual inside it."""
         eps, dtype = self._config.norm_eps, self._weights.embedding.dtype
-        n_squares = -(-self._config.hidden_size // tiling_of(layers[0].down).rows)  # as later layers have them
+        n_squares = linear.n_parts(self._behind[0][2], token_ids.numel())  # as later layers have them
         hidden, weighted, squares, waves = self._embed(token_ids, positions, layers[0], n_squares)
         for index, layer in enumerate(layers):
             record(index, hidden)

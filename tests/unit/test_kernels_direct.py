@@ -1,0 +1,106 @@
+"""Products whose weights go straight into registers: compiled anywhere, run on a GPU. Gluon has no interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashspec.kernels import TRITON_AVAILABLE
+from flashspec.kernels import reference_decoder as twin
+
+if not TRITON_AVAILABLE:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from flashspec.kernels import direct, linear
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def assembly() -> dict[str, str]:
+    """By a process of its own: Triton's interpreter, which other tests run, leaves nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "compile_ahead.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("tokens", [8, 16])
+@pytest.mark.parametrize("role", ["plain", "project", "gated", "add"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_to_wide_loads_and_one_wait(
+    capability: int, role: str, tokens: int, assembly: dict[str, str]
+) -> None:
+    text = assembly[f"{capability} {role} {tokens}"]
+    before, _, after = text.partition("griddepcontrol.wait")
+    assert text.count("griddepcontrol.wait") == (capability >= 90) and "griddepcontrol.wait" not in after
+    if capability >= 90:  # one step of two rows, or of a gate's two rows as well, waits in registers
+        assert before.count("ld.global.v4") == (4 if role == "gated" else 2)
+    if role == "plain":
+        assert text.count("ld.global") == text.count("ld.global.v4")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to("cuda", dtype)
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual.double() - expected.double()).norm() < 6e-3 * expected.double().norm())
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("outputs", "depth"), [(16, 8), (33, 264), (48, 1000), (640, 2048), (72, 8192)])
+def test_a_token_is_right_and_has_the_same_bits_alone_and_among_others(
+    outputs: int, depth: int, dtype: torch.dtype
+) -> None:
+    x, weight = normal(16, depth, dtype=dtype), normal(outputs, depth, dtype=dtype, scale=depth**-0.5)
+    both, bias = normal(2 * outputs, depth, dtype=dtype, scale=depth**-0.5), normal(outputs, dtype=dtype)
+    hidden, norm, squares = normal(16, outputs, dtype=dtype), normal(outputs, dtype=dtype), normal(16, 70).square()
+    assert direct.takes(weight, 16) and direct.takes(both, 1) and not direct.takes(weight, 17)
+
+    def results(tokens: int) -> tuple[Tensor, ...]:
+        few, of_few = x[:tokens].contiguous(), squares[:tokens].contiguous()
+        projected = linear.project(few, weight, bias, of_few, 1e-5, torch.float32)
+        gated = linear.project_gated(few, both, of_few, 1e-5)
+        return projected, gated, *linear.project_add(few, weight, bias, hidden[:tokens].contiguous(), norm)
+
+    every = results(16)
+    assert near(every[0], twin.project(x.float(), weight.float(), bias.float(), squares, 1e-5, torch.float32))
+    assert near(every[1], twin.project_gated(x.float(), both.float(), squares, 1e-5))
+    expected = twin.project_add(x.float(), weight.float(), bias.float(), hidden.float(), norm.float())
+    assert near(every[2], expected[0]) and near(every[3], every[2].float() * norm.float())
+    torch.testing.assert_close(every[4].sum(1), every[2].float().square().sum(1), rtol=1e-5, atol=0)
+    for tokens in (1, 2, 5, 8, 9, 13):
+        assert all(torch.equal(one, many[:tokens]) for one, many in zip(results(tokens), every, strict=True))
+
+
+@on_a_gpu
+def test_what_it_does_not_take() -> None:
+    assert not direct.takes(normal(16, 64), 1) and not direct.takes(normal(16, 60, dtype=torch.bfloat16), 1)
+    assert not direct.takes(torch.empty(direct.MOST_BYTES // 2048, 1024, dtype=torch.bfloat16, device="cuda"), 1)
+    assert not direct.takes(torch.zeros(16, 64, dtype=torch.bfloat16), 1)
+
+
+@on_a_gpu
+def test_where_gluon_fails_the_other_kernel_serves_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise TypeError("no such layout\nat line 1")
+
+    monkeypatch.setattr(direct, "launch", fails)
+    direct._usable.cache_clear()
+    weight = normal(16, 64, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match=r"\(no such layout\): products are slower"):
+        assert not direct.takes(weight, 1)
+    x = normal(3, 64, dtype=torch.bfloat16)
+    assert near(linear.project(x, weight, None, None, 0.0, torch.float32), x.float() @ weight.float().T)
+    direct._usable.cache_clear()
