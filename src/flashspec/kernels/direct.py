@@ -25,11 +25,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashspec.kernels.decoding import Ends
-from flashspec.kernels.tiling import overlapped
+from flashspec.kernels.tiling import DIRECT, overlapped
 
-MOST_TOKENS = 16
 # Of 20 schedules measured on an H200 for 13 products of 135M, 1B and 8B models this is within 5 % of the best.
-ROWS, WARPS, DEPTH = 16, 8, 32  # outputs of a program, its warps, columns of a warp's step
+ROWS, _, DEPTH, WARPS, _ = DIRECT  # outputs of a program, columns of a warp's step, warps
 REGISTERS = 128  # a thread: two programs, one of which waits, fill a multiprocessor
 MOST_BYTES = 96 << 20  # of weights: 67 MB are read 15 % faster than by the other kernel, 117 MB no faster
 EARLY = 8 << 20  # bytes of weights up to which everything asked for ahead is asked for before the wait
@@ -189,19 +188,16 @@ def _usable(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        warnings.warn(
-            f"Triton's Gluon does not compile ({str(error).partition(chr(10))[0]})", RuntimeWarning, stacklevel=2
-        )
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"Triton's Gluon does not compile ({reason}): products are slower", RuntimeWarning, stacklevel=2)
         return False
     return True
 
 
-def takes(weight: Tensor, tokens: int) -> bool:
-    """Whether this kernel is the one for so many tokens: rows of 16 bits that 16-byte loads divide, of matrices that
-    the other one, which reads longer pieces, does not stream as fast."""
+def takes(weight: Tensor) -> bool:
+    """Rows of 16 bits that 16-byte loads divide, of a matrix small enough for this kernel to be ahead."""
     return (
-        tokens <= MOST_TOKENS
-        and weight.dtype in (torch.bfloat16, torch.float16)
+        weight.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[1] % 8 == 0
         and weight.nbytes < MOST_BYTES
         and _usable(weight.device)
@@ -211,7 +207,7 @@ def takes(weight: Tensor, tokens: int) -> bool:
 def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = False) -> None:
     (M, K), N = x.shape, out.shape[1]
     steps, few = triton.cdiv(K, WARPS * DEPTH), M <= 8
-    early = few and (gated or weight.nbytes < EARLY)
+    early = weight.nbytes < EARLY or (few and gated)
     ahead = min(4 if gated else 8, steps)
     with torch.cuda.device_of(x):
         _direct_kernel[(triton.cdiv(N, ROWS),)](
@@ -224,13 +220,13 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             ends.n_squares(),
             ends.eps,
             K=K,
-            TOKENS=8 if few else MOST_TOKENS,
+            TOKENS=8 if few else 16,
             ROWS=ROWS,
             WARPS=WARPS,
             DEPTH=DEPTH,
             AHEAD=ahead,
             HELD=ahead if early else triton.cdiv(ahead, 2),
-            INPUTS_AHEAD=min(8 if few else 2, steps),
+            INPUTS_AHEAD=min(8, steps) if few or steps <= 6 else 2,
             SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
             EARLY=early,

@@ -19,12 +19,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels import direct, elementwise
 from flashspec.kernels.decoding import Ends, InBytes, Weight, values_of
-from flashspec.kernels.tiling import IN_NO_CACHE, choose, overlapped, shared_memory, tiling_of
+from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
 LATE = 32 << 20
-MEASURED = 8  # tokens
 LEAST_COLUMNS, MOST_COLUMNS = 16, 128  # of a matrix instruction, of what registers hold
 
 
@@ -139,7 +138,7 @@ def _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES: tl.c
     return tl.rsqrt(tl.sum(squares, 1) / K + eps)
 
 
-@triton.jit(do_not_specialize=["M", "n_squares", "piece"])
+@triton.jit(do_not_specialize=["M", "piece"])
 def _linear_kernel(
     x_ptr,
     weight_ptr,
@@ -238,15 +237,12 @@ def project_add(
 def n_parts(weight: Weight, tokens: int) -> int:
     """Into how many the squares of `project_add` are summed."""
     values = values_of(weight)
-    rows = direct.ROWS if direct.takes(values, tokens) else tiling_of(values).rows
-    return -(-len(values) // rows)
+    return -(-len(values) // tiling_of(values, tokens=tokens).rows)
 
 
 def tune(weights: Sequence[Weight], gated: bool) -> None:
     """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
     first = values_of(weights[0])
-    if direct.takes(first, MEASURED):
-        return
     dtype = first.dtype if first.is_floating_point() else torch.bfloat16
     x = torch.randn(MEASURED, first.shape[1], dtype=dtype, device=first.device)
     out = torch.empty(MEASURED, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
@@ -268,14 +264,14 @@ def _operands(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor | None,
 
 
 def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, gated: bool = False) -> None:
-    if direct.takes(values_of(weight), len(x)):
-        direct.launch(x, values_of(weight), out, ends, gated)
-        return
     M, K = x.shape
     N = out.shape[1]
     x, values, scales, token_scales = _operands(x, weight)
     sides = 1 if scales is None else 2
-    tiling = tiling_of(values, gated)
+    tiling = tiling_of(values, gated, M)
+    if tiling == DIRECT:
+        direct.launch(x, values, out, ends, gated)
+        return
     tokens = max(triton.next_power_of_2(M), LEAST_COLUMNS // sides)
     strands = tiling.strands if K % (16 * tiling.strands) == 0 else 1
     while sides * tokens * strands > MOST_COLUMNS:

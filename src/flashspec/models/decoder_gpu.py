@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashspec.kernels import attention, direct, elementwise, linear, recording
+from flashspec.kernels import attention, elementwise, linear, recording
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes, Weight, values_of
-from flashspec.kernels.tiling import IN_NO_CACHE, choose
+from flashspec.kernels.tiling import IN_NO_CACHE, MEASURED, choose
 from flashspec.models.base import Features, KVCache
 
 if TYPE_CHECKING:
@@ -81,19 +81,18 @@ class FewTokens:
         return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
 
     def tune(self) -> None:
-        """As a product does, all of them: the layers' while a forward of one token runs."""
+        """As a product does, all of them: the layers' while a forward of a few tokens runs."""
         if self._tuned or _capturing():
             return
         self._tuned = True
         c, embedding = self._config, self._weights.embedding
         shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
-        token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.device)
+        tokens = torch.arange(MEASURED, device=embedding.device)[None]
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
-        products = [product for product in products if not direct.takes(product[0], tokens=1)]
         try:
-            choose(products, lambda: self._rehearse(token, cache))
+            choose(products, lambda: self._rehearse(tokens, cache))
             self._score.tune()
         except BaseException:
             self._tuned = False
@@ -126,13 +125,13 @@ class FewTokens:
     def _qkv_weight(self) -> Weight:
         return self._weights.layers[0].qkv
 
-    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
-        """Through as many layers as do not stay in L2. token: (1, 1) zeros, which is its position too."""
+    def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
+        """Through as many layers as do not stay in L2. tokens: (1, Q) counted from 0, their positions too."""
         layers = self._weights.layers
         first = layers[0]
         n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes
         enough = max(-(-4 * IN_NO_CACHE // n_bytes), 4)  # of which few are first or last
-        self._narrow(token, token, cache, layers[:enough], lambda *_: None)
+        self._narrow(tokens, tokens, cache, layers[:enough], lambda *_: None)
 
     def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
         """squares: where hidden is not normed, but its product with the norm's weight."""
