@@ -42,10 +42,10 @@ class FewTokensHead(FewTokens):
     def _qkv_weight(self) -> Weight:
         return self._qkv.few
 
-    def _rehearse(self, token: Tensor, cache: KVCache) -> None:
-        width = self._config.hidden_size
+    def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
+        hidden = self._weights.embedding.new_zeros(*tokens.shape, self._config.hidden_size)
         for _ in range(4):
-            self.extend(token, self._weights.embedding.new_zeros(1, 1, width), token, cache)
+            self.extend(tokens, hidden, tokens, cache)
 
     def extend(self, token_ids: Tensor, hidden: Tensor, slots: Tensor, cache: KVCache) -> Tip:
         """Behind the hidden states what `logits` takes."""

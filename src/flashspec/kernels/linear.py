@@ -244,13 +244,14 @@ def tune(weights: Sequence[Weight], gated: bool) -> None:
     """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
     first = values_of(weights[0])
     dtype = first.dtype if first.is_floating_point() else torch.bfloat16
-    x = torch.randn(MEASURED, first.shape[1], dtype=dtype, device=first.device)
-    out = torch.empty(MEASURED, first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
+    x = torch.randn(max(MEASURED), first.shape[1], dtype=dtype, device=first.device)
+    out = torch.empty(max(MEASURED), first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
     several = max(2, min(len(weights), -(-IN_NO_CACHE // first.nbytes)))
 
     def run() -> None:
-        for index in range(several):
-            _launch(x, weights[index % len(weights)], out, Ends(), gated)
+        for tokens in MEASURED:
+            for index in range(several):
+                _launch(x[:tokens], weights[index % len(weights)], out[:tokens], Ends(), gated)
 
     choose([(first, gated)], run)
 

@@ -46,7 +46,11 @@ OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
 )
 DIRECT = Tiling(16, 8, 32, 8, 0)  # of the kernel in `direct`: its strands are its warps'
 FEW = 16  # tokens, the most that it takes
-MEASURED = 5  # tokens, as many steps check
+MEASURED = (
+    1,
+    5,
+    9,
+)  # tokens: a plain step, and with drafts of usual lengths; a cut may suit one of them and not the next
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 _choosing = threading.RLock()  # a cut that is being tried is nobody else's

@@ -81,18 +81,23 @@ class FewTokens:
         return 0 < token_ids.numel() <= MOST_ROWS_AND_QUERIES and token_ids.shape[1] <= MOST_QUERIES
 
     def tune(self) -> None:
-        """As a product does, all of them: the layers' while a forward of a few tokens runs."""
+        """As a product does, all of them: the layers' while they run one behind the other."""
         if self._tuned or _capturing():
             return
         self._tuned = True
         c, embedding = self._config, self._weights.embedding
         shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
-        tokens = torch.arange(MEASURED, device=embedding.device)[None]
+        texts = [torch.arange(tokens, device=embedding.device)[None] for tokens in MEASURED]
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
+
+        def run() -> None:
+            for text in texts:
+                self._rehearse(text, cache)
+
         try:
-            choose(products, lambda: self._rehearse(tokens, cache))
+            choose(products, run)
             self._score.tune()
         except BaseException:
             self._tuned = False
@@ -126,7 +131,7 @@ class FewTokens:
         return self._weights.layers[0].qkv
 
     def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
-        """Through as many layers as do not stay in L2. tokens: (1, Q) counted from 0, their positions too."""
+        """Through as many layers as do not stay in L2. tokens: (1, Q), each its own position."""
         layers = self._weights.layers
         first = layers[0]
         n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes
