@@ -1,27 +1,18 @@
-"""Compiles the direct product for GPUs that need not be there. Prints JSON: PTX by "capability role tokens"."""
+"""Compiles kernels for GPUs that need not be there. Prints a JSON object, PTX by the name of a case."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flashspec.kernels import direct
+from flashspec.kernels import attention, direct
 
-POINTERS = (
-    "x_ptr",
-    "weight_ptr",
-    "out_ptr",
-    "bias_ptr",
-    "squares_ptr",
-    "hidden_ptr",
-    "norm_ptr",
-    "weighted_ptr",
-    "parts_ptr",
-)
 ROLES: dict[str, dict[str, str]] = {
     "plain": {},
     "project": {"bias_ptr": "*bf16", "squares_ptr": "*fp32"},
@@ -30,29 +21,47 @@ ROLES: dict[str, dict[str, str]] = {
 }
 
 
-def assembly(capability: int, role: str, tokens: int, K: int = 576) -> str:
-    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16"} | ROLES[role]
-    constants: dict[str, object] = dict.fromkeys(POINTERS) | {
-        "K": K, "TOKENS": tokens, "ROWS": direct.ROWS, "WARPS": direct.WARPS, "DEPTH": direct.DEPTH, "AHEAD": 2,
-        "HELD": 1, "INPUTS_AHEAD": 2, "SQUARES": 64 if "squares_ptr" in pointers else 0, "GATED": role == "gated",
-        "EARLY": False, "OVERLAP": capability >= 90,
-    }  # fmt: skip
-    for name in pointers:
-        del constants[name]
-    names = direct._direct_kernel.arg_names
-    kinds = (
-        pointers | {"M": "i32", "N": "i32", "n_squares": "i32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-    )
-    source = GluonASTSource(
-        direct._direct_kernel,
-        {name: kinds[name] for name in names},
+def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], **options: Any) -> str:
+    """Pointers that are not given are None, other arguments that are not constants are numbers, i32 but for these."""
+    names = kernel.arg_names
+    constants = {name: None for name in names if name.endswith("_ptr") and name not in pointers} | constants
+    kinds = {"eps": "fp32", "scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
+        {name: kinds.get(name, "i32") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": direct.WARPS, "maxnreg": direct.REGISTERS}
+    options |= {"launch_pdl": True} if capability >= 90 else {}
     return str(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
 
 
+def product(capability: int, role: str, tokens: int) -> str:
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16"} | ROLES[role]
+    constants = {
+        "K": 1000 if role == "add" else 576, "TOKENS": tokens, "ROWS": direct.ROWS, "WARPS": direct.WARPS,
+        "DEPTH": direct.DEPTH, "AHEAD": 2, "HELD": 1, "INPUTS_AHEAD": 2, "GATED": role == "gated",
+        "SQUARES": 64 if "squares_ptr" in pointers else 0, "EARLY": role == "project", "OVERLAP": capability >= 90,
+    }  # fmt: skip
+    kernel = direct._direct_kernel
+    return assembly(kernel, capability, pointers, constants, num_warps=direct.WARPS, maxnreg=direct.REGISTERS)
+
+
+def attend(capability: int, kind: str, chunks: int) -> str:
+    """kind: 'rotated' with norms, 'given' as transformers' models bring them, or 'one' split, with sinks."""
+    pointers = dict.fromkeys(("qkv_ptr", "keys_ptr", "values_ptr"), "*bf16") | {"positions_ptr": "*i64"}
+    if kind != "given":
+        pointers |= {"waves_ptr": "*fp32", "norm_ptr": "*bf16"}
+    alone = {"out_ptr": "*bf16", "sinks_ptr": "*bf16"}
+    pointers |= alone if kind == "one" else {"mixed_ptr": "*fp32", "stats_ptr": "*fp32"}
+    constants = {
+        "GROUP": 4, "DIM": 64, "HALF_PAD": 32, "DIM_PAD": 64, "PACKED": 16, "QUERIES": 2, "CHUNK": 128 // chunks,
+        "CHUNKS": chunks, "CAP": None, "WINDOWED": kind == "given", "OVERLAP": capability >= 90,
+    }  # fmt: skip
+    return assembly(attention._attend_kernel, capability, pointers, constants, num_warps=attention.WARPS)
+
+
 if __name__ == "__main__":
-    calls = itertools.product((80, 90), ROLES, (8, 16))
-    print(json.dumps({" ".join(map(str, call)): assembly(*call) for call in calls}))
+    found = {f"product {' '.join(map(str, c))}": product(*c) for c in itertools.product((80, 90), ROLES, (8, 16))}
+    calls = itertools.product((80, 90), ("rotated", "given", "one"), (1, 2))
+    print(json.dumps(found | {f"attend {' '.join(map(str, call))}": attend(*call) for call in calls}))

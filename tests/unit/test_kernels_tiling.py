@@ -106,6 +106,15 @@ def test_a_shape_stands_for_itself() -> None:
     assert cuts(*others) == [tiling.guess(*other) for other in others]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_more_tokens_than_the_direct_kernel_takes_have_another_cut(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiling._chosen, tiling._name(A[0], gated), tiling.DIRECT)
+    assert [tiling.tiling_of(A[0], gated, tokens) for tokens in (1, 16)] == [tiling.DIRECT] * 2
+    assert tiling.tiling_of(A[0], gated, 17) == tiling.guess(A[0], gated)
+
+
 @pytest.mark.usefixtures("clockwork")
 def test_bytes_have_cuts_of_their_own() -> None:
     product = weight(dtype=torch.int8), False
@@ -116,7 +125,7 @@ def test_bytes_have_cuts_of_their_own() -> None:
 @pytest.mark.usefixtures("clockwork")
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}'])
 def test_a_damaged_file_is_measured_anew(content: str, tmp_path: Path) -> None:
-    (tmp_path / "tilings.json").write_text(content)
+    (tmp_path / tiling.FILE).write_text(content)
     tiling.choose([A], lambda: float(cuts(A)[0].rows))
     assert cuts(A)[0].rows == min(cut.rows for cut in tiling.CANDIDATES)
 

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels import direct, elementwise
 from flashspec.kernels.decoding import Ends, InBytes, Weight, values_of
-from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, choose, overlapped, shared_memory, tiling_of
+from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, Tiling, choose, overlapped, shared_memory, tiling_of
 
 AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
@@ -215,13 +215,13 @@ def project(
     dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty(x.shape[0], len(values_of(weight)), dtype=dtype, device=x.device)
-    _launch(x, weight, out, Ends(bias, squares, eps=eps))
+    _launch(x, weight, out, Ends(bias, squares, eps=eps), tiling_of(values_of(weight), tokens=len(x)))
     return out
 
 
 def project_gated(x: Tensor, weight: Weight, squares: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape[0], len(values_of(weight)) // 2, dtype=x.dtype, device=x.device)
-    _launch(x, weight, out, Ends(squares=squares, eps=eps), gated=True)
+    _launch(x, weight, out, Ends(squares=squares, eps=eps), tiling_of(values_of(weight), True, len(x)), gated=True)
     return out
 
 
@@ -229,8 +229,9 @@ def project_add(
     x: Tensor, weight: Weight, bias: Tensor | None, hidden: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
-    parts = torch.empty(len(x), n_parts(weight, len(x)), dtype=torch.float32, device=x.device)
-    _launch(x, weight, out, Ends(bias, None, hidden, norm, weighted, parts))
+    tiling = tiling_of(values_of(weight), tokens=len(x))
+    parts = torch.empty(len(x), -(-hidden.shape[1] // tiling.rows), dtype=torch.float32, device=x.device)
+    _launch(x, weight, out, Ends(bias, None, hidden, norm, weighted, parts), tiling)
     return out, weighted, parts
 
 
@@ -251,7 +252,8 @@ def tune(weights: Sequence[Weight], gated: bool) -> None:
     def run() -> None:
         for tokens in MEASURED:
             for index in range(several):
-                _launch(x[:tokens], weights[index % len(weights)], out[:tokens], Ends(), gated)
+                tiling = tiling_of(first, gated, tokens)
+                _launch(x[:tokens], weights[index % len(weights)], out[:tokens], Ends(), tiling, gated)
 
     choose([(first, gated)], run)
 
@@ -264,12 +266,11 @@ def _operands(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor | None,
     return found, weight.values, weight.scales, token_scales
 
 
-def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, gated: bool = False) -> None:
+def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, tiling: Tiling, gated: bool = False) -> None:
     M, K = x.shape
     N = out.shape[1]
     x, values, scales, token_scales = _operands(x, weight)
     sides = 1 if scales is None else 2
-    tiling = tiling_of(values, gated, M)
     if tiling == DIRECT:
         direct.launch(x, values, out, ends, gated)
         return

@@ -51,9 +51,10 @@ MEASURED = (
     5,
     9,
 )  # tokens: a plain step, and with drafts of usual lengths; a cut may suit one of them and not the next
+FILE = "cuts-2.json"  # in the cache; another number where the kernels or the way of measuring have changed
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
-_choosing = threading.RLock()  # a cut that is being tried is nobody else's
+_choosing = threading.RLock()  # a cut that is being tried is no other chooser's
 
 
 def tiling_of(weight: Tensor, gated: bool = False, tokens: int = 1) -> Tiling:
@@ -143,7 +144,7 @@ def _gpu(device: torch.device) -> str:
 
 def _stored() -> dict[str, Tiling]:
     try:
-        return {name: Tiling(*cut) for name, cut in json.loads((cache_dir() / "cuts.json").read_text()).items()}
+        return {name: Tiling(*cut) for name, cut in json.loads((cache_dir() / FILE).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -152,9 +153,9 @@ def _store() -> None:
     """A cache that cannot be written costs the next start its measurements, nothing else."""
     with contextlib.suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        fresh = cache_dir() / "cuts.json.new"
+        fresh = cache_dir() / f"{FILE}.new"
         fresh.write_text(json.dumps(_stored() | _chosen))
-        fresh.replace(cache_dir() / "cuts.json")
+        fresh.replace(cache_dir() / FILE)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Products whose weights go straight into registers: compiled anywhere, run on a GPU. Gluon has no interpreter."""
+"""Kernels compiled without a GPU, and the one that has no interpreter, Gluon, run on one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assembly() -> dict[str, str]:
 def test_it_compiles_to_wide_loads_and_one_wait(
     capability: int, role: str, tokens: int, assembly: dict[str, str]
 ) -> None:
-    text = assembly[f"{capability} {role} {tokens}"]
+    text = assembly[f"product {capability} {role} {tokens}"]
     before, _, after = text.partition("griddepcontrol.wait")
     assert text.count("griddepcontrol.wait") == (capability >= 90) and "griddepcontrol.wait" not in after
     if capability >= 90:  # one step of two rows, or of a gate's two rows as well, waits in registers
@@ -56,6 +56,15 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual.double() - expected.double()).norm() < 6e-3 * expected.double().norm())
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("kind", ["rotated", "given", "one"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_attention_compiles(capability: int, kind: str, chunks: int, assembly: dict[str, str]) -> None:
+    """Triton's interpreter takes what its compiler does not."""
+    text = assembly[f"attend {capability} {kind} {chunks}"]
+    assert text.count("griddepcontrol.wait") == (capability >= 90) and "mma" in text
 
 
 @on_a_gpu
