@@ -91,7 +91,8 @@ def _direct_kernel(
     OVERLAP: gl.constexpr,
 ):
     """AHEAD, INPUTS_AHEAD: steps whose weights and inputs are under way. HELD: of these, before the wait. EARLY: the
-    next launch may begin at once, else when this one's first inputs are asked for."""
+    next launch may begin at once, else when this one's first inputs are asked for. Then launches before this one may
+    still run when the next begins: what that reads before its wait has to be older than the last one that is late."""
     LINES: gl.constexpr = 2 * ROWS if GATED else ROWS  # of weights: a gate's and those that it lets through
     STEP: gl.constexpr = WARPS * DEPTH
     STEPS: gl.constexpr = (K + STEP - 1) // STEP
