@@ -77,7 +77,7 @@ def test_a_token_is_right_and_has_the_same_bits_alone_and_among_others(
     both, bias = normal(2 * outputs, depth, dtype=dtype, scale=depth**-0.5), normal(outputs, dtype=dtype)
     hidden, norm, squares = normal(16, outputs, dtype=dtype), normal(outputs, dtype=dtype), normal(16, 70).square()
     monkeypatch.setattr(tiling, "guess", lambda *_: tiling.DIRECT)
-    assert direct.takes(weight) and direct.takes(both)
+    assert direct.takes(weight) and tiling.DIRECT in tiling._candidates(both, True)
 
     def results(tokens: int) -> tuple[Tensor, ...]:
         few, of_few = x[:tokens].contiguous(), squares[:tokens].contiguous()
@@ -112,5 +112,5 @@ def test_where_gluon_fails_the_other_kernel_serves_and_a_warning_says_so(monkeyp
     weight = normal(16, 64, dtype=torch.bfloat16)
     with pytest.warns(RuntimeWarning, match=r"\(no such layout\): products are slower"):
         assert not direct.takes(weight)
-    assert tiling._candidates(weight) == tiling.CANDIDATES
+    assert tiling._candidates(weight, False) == tiling.CANDIDATES
     direct._usable.cache_clear()

@@ -84,8 +84,8 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -
     with _choosing:
         if not _chosen:
             _chosen.update(_stored())
-        names = {_name(weight, gated): weight for weight, gated in products if weight.dtype != torch.float32}
-        unknown = [(name, _candidates(weight)) for name, weight in names.items() if name not in _chosen]
+        named = {_name(*product): product for product in products if product[0].dtype != torch.float32}
+        unknown = [(name, _candidates(*product)) for name, product in named.items() if name not in _chosen]
         try:
             for name, cuts in unknown * 2:
                 _chosen[name] = _fastest(name, cuts, run)
@@ -97,14 +97,15 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -
             _store()
 
 
-def _candidates(weight: Tensor) -> tuple[Tiling, ...]:
+def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
+    """Where the direct kernel may be the one, one of the others beside it: each costs a second to compile."""
     if weight.dtype == torch.int8:
         return OF_BYTES
     if weight.device.type != "cuda":
         return CANDIDATES
     from flashspec.kernels import direct  # needs Triton
 
-    return (*CANDIDATES, DIRECT) if direct.takes(weight) else CANDIDATES
+    return (guess(weight, gated), DIRECT) if direct.takes(weight) else CANDIDATES
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:
