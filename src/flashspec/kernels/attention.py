@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flashspec.kernels.decoding import SAME_BITS
 from flashspec.kernels.draw import LOG2E
 from flashspec.kernels.linear import ask_ahead
 from flashspec.kernels.tiling import overlapped, shared_memory
@@ -26,7 +27,6 @@ from flashspec.kernels.tiling import overlapped, shared_memory
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
 WARPS = 4
-SAME_BITS = 16  # tokens, up to which a call's results must not depend on their number
 ENOUGH = 128  # programs, about one for every multiprocessor
 # Slots a program where there are many tokens. What is used of a capacity is not known: too few programs keep to LONG.
 SHORT, LONG, LONGEST = 256, 512, 2048

@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from flashspec.kernels.decoding import Ends
+from flashspec.kernels.decoding import SAME_BITS, Ends
 from flashspec.kernels.tiling import DIRECT, overlapped
 
 # Of 20 schedules measured on an H200 for 13 products of 135M, 1B and 8B models this is within 5 % of the best.
@@ -213,7 +213,7 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
     early = weight.nbytes < EARLY_BYTES or (few and gated)
     ahead = min(4 if gated else 8, steps)
     with torch.cuda.device_of(x):
-        _direct_kernel[(triton.cdiv(N, ROWS),)](
+        _direct_kernel[(DIRECT.programs(N),)](
             x,
             weight,
             out,
@@ -223,7 +223,7 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             ends.n_squares(),
             ends.eps,
             K=K,
-            TOKENS=8 if few else 16,
+            TOKENS=8 if few else SAME_BITS,
             ROWS=ROWS,
             WARPS=WARPS,
             DEPTH=DEPTH,

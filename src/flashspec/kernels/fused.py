@@ -203,7 +203,7 @@ def _verdict_kernel(
     CHUNKS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (slices of a draw, B). The rows were complete when the summary began, so only that is waited for."""
+    """Grid (slices of a draw, B). The rows were complete when the summary let this begin: only that is waited for."""
     item, row = tl.program_id(0), tl.program_id(1)
     num_accepted_ptr, next_token_ptr, failed_ptr = results
     sequences = (gamma + 1 if draft is None else 2 * gamma + 1) + (0 if raw is None else gamma + 1)

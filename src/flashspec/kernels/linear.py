@@ -230,7 +230,7 @@ def project_add(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, weighted = torch.empty_like(hidden), torch.empty_like(hidden)
     tiling = tiling_of(values_of(weight), tokens=len(x))
-    parts = torch.empty(len(x), -(-hidden.shape[1] // tiling.rows), dtype=torch.float32, device=x.device)
+    parts = torch.empty(len(x), tiling.programs(hidden.shape[1]), dtype=torch.float32, device=x.device)
     _launch(x, weight, out, Ends(bias, None, hidden, norm, weighted, parts), tiling)
     return out, weighted, parts
 
@@ -238,7 +238,7 @@ def project_add(
 def n_parts(weight: Weight, tokens: int) -> int:
     """Into how many the squares of `project_add` are summed."""
     values = values_of(weight)
-    return -(-len(values) // tiling_of(values, tokens=tokens).rows)
+    return tiling_of(values, tokens=tokens).programs(len(values))
 
 
 def tune(weights: Sequence[Weight], gated: bool) -> None:
@@ -251,8 +251,8 @@ def tune(weights: Sequence[Weight], gated: bool) -> None:
 
     def run() -> None:
         for tokens in MEASURED:
+            tiling = tiling_of(first, gated, tokens)
             for index in range(several):
-                tiling = tiling_of(first, gated, tokens)
                 _launch(x[:tokens], weights[index % len(weights)], out[:tokens], Ends(), tiling, gated)
 
     choose([(first, gated)], run)
@@ -283,7 +283,7 @@ def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, tiling: Tiling, 
     threads = 32 * tiling.warps
     ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * values.itemsize * lines // threads)
     with torch.cuda.device_of(x):
-        _linear_kernel[(triton.cdiv(N, tiling.rows),)](
+        _linear_kernel[(tiling.programs(N),)](
             x,
             values,
             scales,

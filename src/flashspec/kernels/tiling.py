@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashspec.cache import cache_dir
 from flashspec.kernels.capture import captured
+from flashspec.kernels.decoding import SAME_BITS
 
 
 class Tiling(NamedTuple):
@@ -27,6 +28,9 @@ class Tiling(NamedTuple):
     depth: int
     warps: int
     stages: int
+
+    def programs(self, outputs: int) -> int:
+        return -(-outputs // self.rows)
 
 
 # Of 26 cuts measured on an H200 for 19 shapes of 135M to 70B models, one of these was within 3 % of the best.
@@ -44,13 +48,8 @@ OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
     Tiling(32, 2, 128, 4, 6),
     Tiling(16, 4, 128, 4, 6),
 )
-DIRECT = Tiling(16, 8, 32, 8, 0)  # of the kernel in `direct`: its strands are its warps'
-FEW = 16  # tokens, the most that it takes
-MEASURED = (
-    1,
-    5,
-    9,
-)  # tokens: a plain step, and with drafts of usual lengths; a cut may suit one of them and not the next
+DIRECT = Tiling(16, 8, 32, 8, 0)  # of the kernel in `direct`, for SAME_BITS tokens: its strands are its warps'
+MEASURED = 1, 5, 9  # tokens; a cut may suit five and not nine
 FILE = "cuts-2.json"  # in the cache; another number where the kernels or the way of measuring have changed
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
@@ -60,7 +59,7 @@ _choosing = threading.RLock()  # a cut that is being tried is no other chooser's
 def tiling_of(weight: Tensor, gated: bool = False, tokens: int = 1) -> Tiling:
     """What `choose` measured for this shape, where it is for so many tokens, else a good guess."""
     found = _chosen.get(_name(weight, gated))
-    return found if found and (found != DIRECT or tokens <= FEW) else guess(weight, gated)
+    return found if found and (found != DIRECT or tokens <= SAME_BITS) else guess(weight, gated)
 
 
 def guess(weight: Tensor, gated: bool = False) -> Tiling:
