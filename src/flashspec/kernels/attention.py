@@ -31,34 +31,47 @@ ENOUGH = 128  # programs, about one for every multiprocessor
 # Slots a program where there are many tokens. What is used of a capacity is not known: too few programs keep to LONG.
 SHORT, LONG, LONGEST = 256, 512, 2048
 WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under way
+HELD = 64 << 10  # bytes of keys and values that 4 warps have registers for
 SCRATCH = 24 << 10  # bytes of shared memory beyond what is under way, with some to spare
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
 
 
 @triton.jit
-def _rotated(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Both halves (rows, HALF_PAD) of a head a row, normalised and rotated where norms and waves are given.
+def _heads(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves of a head a row as they lie, (rows, HALF_PAD), with their cosines and sines, or None.
 
     new: (queries, keys and values of the tokens, their waves, norms, epsilon, a row's first token, query heads, kv
     heads, elements a token)."""
-    qkv_ptr, waves_ptr, norm_ptr, eps, _first_token, _n_heads, _n_kv, width = new
+    qkv_ptr, waves_ptr, _norm_ptr, _eps, _first_token, _n_heads, _n_kv, width = new
     half = tl.arange(0, HALF_PAD)[None, :]
     mask = used[:, None] & (half < DIM // 2)
     head_at, wave_at = (tokens * width + heads * DIM)[:, None] + half, (tokens * DIM)[:, None] + half
-    norm_at = (tl.zeros_like(tokens) + heads * DIM)[:, None] + half
-    first = tl.load(qkv_ptr + head_at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(qkv_ptr + head_at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
-    if waves_ptr is not None:
+    first = tl.load(qkv_ptr + head_at, mask=mask, other=0.0)
+    second = tl.load(qkv_ptr + head_at + DIM // 2, mask=mask, other=0.0)
+    if waves_ptr is None:
+        return first, second, None, None
+    else:  # noqa: RET505 - Triton decides at compile time between the two
         cos = tl.load(waves_ptr + wave_at, mask=mask, other=0.0)
-        sin = tl.load(waves_ptr + wave_at + DIM // 2, mask=mask, other=0.0)
+        return first, second, cos, tl.load(waves_ptr + wave_at + DIM // 2, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rotated(found, new, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Both halves of what `_heads` found, normalised and rotated where norms and waves are given."""
+    first, second, cos, sin = found
+    _qkv_ptr, _waves_ptr, norm_ptr, eps, _first_token, _n_heads, _n_kv, _width = new
+    dtype = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
     if norm_ptr is not None:
+        half = tl.arange(0, HALF_PAD)[None, :]
+        mask = used[:, None] & (half < DIM // 2)
+        norm_at = (heads * DIM)[:, None] + half
         mean = tl.sum(first * first + second * second, 1) / DIM
         scale = tl.rsqrt(mean + eps)[:, None]
         first *= scale * tl.load(norm_ptr + norm_at, mask=mask, other=0.0).to(tl.float32)
         second *= scale * tl.load(norm_ptr + norm_at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
-    dtype = qkv_ptr.dtype.element_ty
-    if waves_ptr is None:
+    if cos is None:
         return first.to(dtype), second.to(dtype)
     else:  # noqa: RET505 - Triton decides at compile time between the two
         return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
@@ -70,8 +83,9 @@ def _write(new, cache, head, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.
     qkv_ptr, _waves_ptr, _norm_ptr, _eps, first_token, n_heads, n_kv, width = new
     keys_ptr, values_ptr = cache
     dim, in_dim = dims
-    tokens, heads = first_token + tl.arange(0, slots.shape[0]), n_heads + head
-    first, second = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
+    tokens = first_token + tl.arange(0, slots.shape[0])
+    heads = tl.zeros_like(tokens) + n_heads + head
+    first, second = _rotated(_heads(new, tokens, heads, used, DIM, HALF_PAD), new, heads, used, DIM, HALF_PAD)
     half = tl.arange(0, HALF_PAD)
     in_half = used[:, None] & (half < DIM // 2)[None, :]
     value_at = (tokens * width + (heads + n_kv) * DIM)[:, None] + dim[None, :]
@@ -94,16 +108,14 @@ def _cached(cache, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.constexpr)
 
 
 @triton.jit
-def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Ask for the first slots while the launch before this one ends."""
+def _ask(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Ask for the first slots of a walk while the launch before this one ends."""
     keys_ptr, values_ptr = cache
     if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
         slot_at = (start + tl.arange(0, CHUNK)) * DIM
         piece: tl.constexpr = DIM * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
         ask_ahead(keys_ptr + slot_at, piece)
         ask_ahead(values_ptr + slot_at, piece)
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @triton.jit
@@ -143,38 +155,27 @@ def _mix(scores, value, top, total, mixed):
 
 @triton.jit
 def _walk(
-    new,
     cache,
     queries,
     own,
-    positions,
-    head,
     ends,
     rule,
     dims,
+    mix,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """What the queries see of a split, as in `_mix`; new keys and values up to the last position are written first.
-    ends: (first slot, chunks that no query sees, last position); rule: (window, scale)."""
+    """What the queries see of a split, as in `_mix`. ends: (first slot, chunks that no query sees, last position);
+    rule: (window, scale)."""
     start, skipped, last = ends
     window, scale = rule
-    PACKED: tl.constexpr = own.shape[0]
+    top, total, mixed = mix
     HALF_PAD: tl.constexpr = queries[0].shape[1]
-    top = tl.full([PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([PACKED], tl.float32)
-    mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
-    first = start + tl.arange(0, CHUNK)  # [CHUNK]
-    here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
-    if tl.max(here.to(tl.int32)) > 0:
-        _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
-        tl.debug_barrier()
-    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
-    for chunk in range(skipped, n_chunks):
-        slots = first + chunk * CHUNK
+    for chunk in range(skipped, tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)):
+        slots = start + chunk * CHUNK + tl.arange(0, CHUNK)
         key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
         scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
         top, total, mixed = _mix(scores, value, top, total, mixed)
@@ -226,12 +227,13 @@ def _attend_kernel(
     QUERIES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    HELD: tl.constexpr,
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (splits, kv heads, rows times tiles of the queries). mixed, stats: where the splits' results go; out: where
-    the result of the only split goes."""
+    """Grid (splits, kv heads, rows times tiles of the queries). HELD: a split's keys and values fit into registers.
+    mixed, stats: where the splits' results go; out: where the result of the only split goes."""
     split, head = tl.program_id(0), tl.program_id(1)
     n_packed = n_asked * GROUP
     n_tiles = tl.cdiv(n_packed, PACKED)
@@ -255,18 +257,37 @@ def _attend_kernel(
             skipped = tl.maximum(hidden, 0) // CHUNK
     head_at = row.to(tl.int64) * stride_row + head * stride_head
     cache = keys_ptr + head_at, values_ptr + head_at
-    if OVERLAP:
-        _ask_and_wait(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
-
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
-    new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     dims = dim, dim < DIM
+    slots = start + tl.arange(0, CHUNK)
+    here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
+    writes = tl.max(here.to(tl.int32)) > 0
+    if HELD:  # a split that nothing is added to is loaded while the launch before this one ends
+        found = _cached(cache, slots, slots <= tl.where(writes, -1, last), dims, DIM, HALF_PAD)
+    if OVERLAP:
+        if not HELD or writes:
+            _ask(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
+        gdc_wait()
+        gdc_launch_dependents()
+
+    new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     heads = head * GROUP + packed % GROUP
-    queries = _rotated(new, tokens, heads, used, DIM, HALF_PAD)
-    ends, rule = (start, skipped, last), (window, scale)
-    top, total, mixed = _walk(
-        new, cache, queries, own, positions, head, ends, rule, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED
-    )
+    raw = _heads(new, tokens, heads, used, DIM, HALF_PAD)
+    if writes:
+        _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
+        tl.debug_barrier()
+        if HELD:
+            found = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
+    queries = _rotated(raw, new, heads, used, DIM, HALF_PAD)
+    top = tl.full([PACKED], float("-inf"), tl.float32)
+    total = tl.zeros([PACKED], tl.float32)
+    mixed = tl.zeros([PACKED, DIM_PAD], tl.float32)
+    if HELD:
+        scores = _scores(queries, (found[0], found[1]), own, slots, scale, window, CAP, WINDOWED)
+        top, total, mixed = _mix(scores, found[2], top, total, mixed)
+    else:
+        ends, rule, mix = (start, skipped, last), (window, scale), (top, total, mixed)
+        top, total, mixed = _walk(cache, queries, own, ends, rule, dims, mix, DIM, CHUNK, CHUNKS, CAP, WINDOWED)
     if out_ptr is None:
         place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
         _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
@@ -299,11 +320,11 @@ def _combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     token, head, n_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, query = token // n_asked, token % n_asked
+    position = tl.load(positions_ptr + row * n_queries + n_queries - n_asked + query)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    row, query = token // n_asked, token % n_asked
-    position = tl.load(positions_ptr + row * n_queries + n_queries - n_asked + query)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
     used = split <= position // SLOTS
     if WINDOWED:
@@ -387,6 +408,7 @@ def attend(
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
+    held = cut.split == cut.chunk and 2 * cut.chunk * shared["DIM_PAD"] * qkv.itemsize <= HELD
     numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2E.value
     with torch.cuda.device_of(qkv):
         _attend_kernel[(n_splits, n_kv, tiles)](
@@ -397,9 +419,11 @@ def attend(
             QUERIES=max(triton.next_power_of_2(queries), 2),
             CHUNK=cut.chunk,
             CHUNKS=cut.split // cut.chunk,
+            HELD=held,
             CAP=softcap and softcap * LOG2E.value,
             num_warps=WARPS,
             num_stages=cut.stages,
+            maxnreg=255 if held else None,  # or ptxas saves registers and loads a few at a time
             **shared,
         )
         if n_splits == 1:
@@ -417,6 +441,7 @@ def attend(
             SPLITS=max(triton.next_power_of_2(n_splits), 2),
             SLOTS=cut.split,
             num_warps=4,
+            maxnreg=255,
             **shared,
         )
     return out

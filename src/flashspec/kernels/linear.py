@@ -69,37 +69,25 @@ def _join(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, STRANDS: tl.constexpr):
 def _products(
     x_ptr,
     weight_ptr,
+    line_at,
     sizes,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     STRANDS: tl.constexpr,
     DEPTH: tl.constexpr,
-    THREADS: tl.constexpr,
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    LATE: tl.constexpr,
 ):
-    """This program's rows times the tokens, and if GATED its rows of the second half too: [ROWS, TOKENS] each, float32,
-    of bytes int32. Weights are asked for before the inputs are waited for.
+    """This program's rows times the tokens, and if GATED its rows of the second half too, where strands meet their own
+    inputs and where they do not: [ROWS * STRANDS, TOKENS * STRANDS] each, float32, of bytes int32.
 
-    sizes: (M, N, K, strand length, bytes of a piece)"""
-    M, N, K, strand_length, piece = sizes
-    # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
-    # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
-    line, column, depth = tl.arange(0, ROWS * STRANDS), tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
-    line_row = tl.minimum(tl.program_id(0) * ROWS + line % ROWS, N - 1).to(tl.int64)
-    line_at = line_row * K + line // ROWS * strand_length  # [ROWS * STRANDS]
+    line_at: [ROWS * STRANDS], where a row's strand begins; sizes: (M, N, K, strand length)"""
+    M, N, K, strand_length = sizes
+    column, depth = tl.arange(0, TOKENS * STRANDS), tl.arange(0, DEPTH)
     weight_at = line_at[:, None] + depth[None, :]  # [ROWS * STRANDS, DEPTH]
     x_at = (column % TOKENS * K + column // TOKENS * strand_length)[None, :] + depth[:, None]  # [DEPTH, columns]
     in_columns = (column % TOKENS < M)[None, :]
     up_ptr = weight_ptr + N.to(tl.int64) * K
-    if OVERLAP:
-        _ask_weights(weight_ptr, up_ptr, line_at, piece, THREADS // (ROWS * STRANDS), GATED)
-        gdc_wait()
-        if not LATE:
-            gdc_launch_dependents()
-
     sum_type: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], sum_type)
     acc_up = tl.zeros([ROWS * STRANDS, TOKENS * STRANDS], sum_type)
@@ -111,31 +99,14 @@ def _products(
         if GATED:
             tile = _weights(up_ptr + weight_at + start, inside, EVEN)
             acc_up = tl.dot(tile, x, acc_up, input_precision="ieee", out_dtype=sum_type)
-
-    if OVERLAP and LATE:
-        gdc_launch_dependents()
-    if STRANDS > 1:
-        acc = _join(acc, ROWS, TOKENS, STRANDS)
-        if GATED:
-            acc_up = _join(acc_up, ROWS, TOKENS, STRANDS)
     return acc, acc_up
 
 
 @triton.jit
-def _of_bytes(acc, scales_ptr, rows, in_rows, token_scales, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+def _of_bytes(acc, scales, token_scales, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """Float32 [ROWS, TOKENS] of int32 [ROWS, 2 * TOKENS], where a token has a column of high bytes and one of low."""
     high, low = tl.split(tl.reshape(acc, [ROWS, TOKENS, 2]))
-    scales = tl.load(scales_ptr + rows, mask=in_rows, other=0.0)
     return (high.to(tl.float32) * 256 + low.to(tl.float32)) * scales[:, None] * token_scales[None, :]
-
-
-@triton.jit
-def _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES: tl.constexpr):
-    """What RMS normalisation multiplies a token's inputs, and so its outputs, with: [TOKENS]."""
-    part = tl.arange(0, SQUARES)
-    kept = in_tokens[:, None] & (part < n_squares)[None, :]
-    squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
-    return tl.rsqrt(tl.sum(squares, 1) / K + eps)
 
 
 @triton.jit(do_not_specialize=["M", "piece"])
@@ -171,38 +142,68 @@ def _linear_kernel(
     OVERLAP: tl.constexpr,
     LATE: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    tokens = tl.arange(0, TOKENS)  # [TOKENS]
+    rows, tokens = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
     in_rows, in_tokens = rows < N, tokens < M
-    sides: tl.constexpr = 1 if scales_ptr is None else 2
-    sizes = sides * M, N, K, strand_length, piece
-    acc, acc_up = _products(
-        x_ptr, weight_ptr, sizes, sides * TOKENS, ROWS, STRANDS, DEPTH, THREADS, EVEN, GATED, OVERLAP, LATE
-    )
-    if scales_ptr is not None:
-        token_scales = tl.load(token_scales_ptr + tokens, mask=in_tokens, other=0.0)
-        acc = _of_bytes(acc, scales_ptr, rows, in_rows, token_scales, ROWS, TOKENS)
-        if GATED:
-            acc_up = _of_bytes(acc_up, scales_ptr + N, rows, in_rows, token_scales, ROWS, TOKENS)
+    mask = in_rows[:, None] & in_tokens[None, :]
+    places = tokens[None, :] * N.to(tl.int64) + rows[:, None]
+    # Strands are pieces of the depth that are walked side by side. Their weights are stacked as further rows, their
+    # inputs as further columns; the blocks of the product where both are of one strand are what is wanted.
+    line = tl.arange(0, ROWS * STRANDS)
+    line_row = tl.minimum(tl.program_id(0) * ROWS + line % ROWS, N - 1).to(tl.int64)
+    line_at = line_row * K + line // ROWS * strand_length
+    if OVERLAP:
+        up_ptr = weight_ptr + N.to(tl.int64) * K
+        _ask_weights(weight_ptr, up_ptr, line_at, piece, THREADS // (ROWS * STRANDS), GATED)
+        gdc_wait()
+        if not LATE:
+            gdc_launch_dependents()
+
+    # What the end needs is under way while the depth is walked. Converted here, it would be waited for here.
     if SQUARES:
-        scale = _norm_scale(squares_ptr, tokens, in_tokens, n_squares, K, eps, SQUARES)[None, :]
+        part = tl.arange(0, SQUARES)
+        kept = in_tokens[:, None] & (part < n_squares)[None, :]
+        squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
+    if scales_ptr is not None:
+        scales = tl.load(scales_ptr + rows, mask=in_rows, other=0.0)
+        token_scales = tl.load(token_scales_ptr + tokens, mask=in_tokens, other=0.0)
+        if GATED:
+            up_scales = tl.load(scales_ptr + N + rows, mask=in_rows, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0)
+    if ADDS:
+        hidden = tl.load(hidden_ptr + places, mask=mask, other=0.0)
+        norm = tl.load(norm_ptr + rows, mask=in_rows, other=0.0)
+    sides: tl.constexpr = 1 if scales_ptr is None else 2
+    sizes = sides * M, N, K, strand_length
+    acc, acc_up = _products(x_ptr, weight_ptr, line_at, sizes, sides * TOKENS, ROWS, STRANDS, DEPTH, EVEN, GATED)
+    if OVERLAP and LATE:
+        gdc_launch_dependents()
+    if STRANDS > 1:
+        acc = _join(acc, ROWS, sides * TOKENS, STRANDS)
+        if GATED:
+            acc_up = _join(acc_up, ROWS, sides * TOKENS, STRANDS)
+    if scales_ptr is not None:
+        acc = _of_bytes(acc, scales, token_scales, ROWS, TOKENS)
+        if GATED:
+            acc_up = _of_bytes(acc_up, up_scales, token_scales, ROWS, TOKENS)
+    if SQUARES:
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
         acc = acc * scale
         if GATED:
             acc_up = acc_up * scale
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+        acc += bias.to(tl.float32)[:, None]
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    places = tokens[None, :] * N.to(tl.int64) + rows[:, None]
-    mask = in_rows[:, None] & in_tokens[None, :]
     if ADDS:
-        acc += tl.load(hidden_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        acc += hidden.to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, out, mask=mask)
     if ADDS:
         new = tl.where(mask, out.to(tl.float32), 0.0)
-        norm = tl.load(norm_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
-        tl.store(weighted_ptr + places, (new * norm[:, None]).to(weighted_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            weighted_ptr + places, (new * norm.to(tl.float32)[:, None]).to(weighted_ptr.dtype.element_ty), mask=mask
+        )
         tl.store(parts_ptr + tokens * tl.num_programs(0) + tl.program_id(0), tl.sum(new * new, 0), mask=in_tokens)
 
 
