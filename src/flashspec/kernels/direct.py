@@ -31,6 +31,7 @@ from flashspec.kernels.tiling import DIRECT, overlapped
 ROWS, DEPTH, WARPS = DIRECT.rows, DIRECT.depth, DIRECT.warps
 REGISTERS = 128  # a thread: two programs, one of which waits, fill a multiprocessor
 MOST_BYTES = 96 << 20  # of weights: 67 MB are read 15 % faster than by the other kernel, 117 MB no faster
+MANY_INPUTS = 4  # steps whose inputs are under way where they take twice the registers
 EARLY_BYTES = 8 << 20  # of weights up to which everything asked for ahead is asked for before the wait
 
 
@@ -229,7 +230,7 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             DEPTH=DEPTH,
             AHEAD=ahead,
             HELD=ahead if early else triton.cdiv(ahead, 2),
-            INPUTS_AHEAD=min(8, steps) if few or steps <= 6 else 2,
+            INPUTS_AHEAD=min(8 if few or steps <= 6 else MANY_INPUTS, steps),
             SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
             EARLY=early,
