@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from flashspec.kernels.decoding import SAME_BITS
 from flashspec.kernels.draw import LOG2E
 from flashspec.kernels.linear import ask_ahead
-from flashspec.kernels.tiling import overlapped, shared_memory
+from flashspec.kernels.tiling import overlapped, overlaps, shared_memory
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
@@ -31,7 +31,7 @@ ENOUGH = 128  # programs, about one for every multiprocessor
 # Slots a program where there are many tokens. What is used of a capacity is not known: too few programs keep to LONG.
 SHORT, LONG, LONGEST = 256, 512, 2048
 WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under way
-HELD = 64 << 10  # bytes of keys and values that 4 warps have registers for
+HELD_BYTES = 64 << 10  # of keys and values that 4 warps have registers for
 SCRATCH = 24 << 10  # bytes of shared memory beyond what is under way, with some to spare
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
@@ -39,7 +39,7 @@ MOST_PACKED = 32
 
 @triton.jit
 def _heads(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Both halves of a head a row as they lie, (rows, HALF_PAD), with their cosines and sines, or None.
+    """Both halves of a head a row as they lie, (rows, HALF_PAD), and where waves are given their cosines and sines.
 
     new: (queries, keys and values of the tokens, their waves, norms, epsilon, a row's first token, query heads, kv
     heads, elements a token)."""
@@ -50,7 +50,7 @@ def _heads(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
     first = tl.load(qkv_ptr + head_at, mask=mask, other=0.0)
     second = tl.load(qkv_ptr + head_at + DIM // 2, mask=mask, other=0.0)
     if waves_ptr is None:
-        return first, second, None, None
+        return first, second
     else:  # noqa: RET505 - Triton decides at compile time between the two
         cos = tl.load(waves_ptr + wave_at, mask=mask, other=0.0)
         return first, second, cos, tl.load(waves_ptr + wave_at + DIM // 2, mask=mask, other=0.0)
@@ -59,10 +59,9 @@ def _heads(new, tokens, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
 @triton.jit
 def _rotated(found, new, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr):
     """Both halves of what `_heads` found, normalised and rotated where norms and waves are given."""
-    first, second, cos, sin = found
-    _qkv_ptr, _waves_ptr, norm_ptr, eps, _first_token, _n_heads, _n_kv, _width = new
-    dtype = first.dtype
-    first, second = first.to(tl.float32), second.to(tl.float32)
+    _qkv_ptr, waves_ptr, norm_ptr, eps, _first_token, _n_heads, _n_kv, _width = new
+    dtype = found[0].dtype
+    first, second = found[0].to(tl.float32), found[1].to(tl.float32)
     if norm_ptr is not None:
         half = tl.arange(0, HALF_PAD)[None, :]
         mask = used[:, None] & (half < DIM // 2)
@@ -71,9 +70,10 @@ def _rotated(found, new, heads, used, DIM: tl.constexpr, HALF_PAD: tl.constexpr)
         scale = tl.rsqrt(mean + eps)[:, None]
         first *= scale * tl.load(norm_ptr + norm_at, mask=mask, other=0.0).to(tl.float32)
         second *= scale * tl.load(norm_ptr + norm_at + DIM // 2, mask=mask, other=0.0).to(tl.float32)
-    if cos is None:
+    if waves_ptr is None:
         return first.to(dtype), second.to(dtype)
     else:  # noqa: RET505 - Triton decides at compile time between the two
+        cos, sin = found[2], found[3]
         return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
@@ -408,7 +408,8 @@ def attend(
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
-    held = cut.split == cut.chunk and 2 * cut.chunk * shared["DIM_PAD"] * qkv.itemsize <= HELD
+    held_bytes = 2 * cut.split * shared["DIM_PAD"] * qkv.itemsize
+    held = overlaps(qkv.device) and cut.split == cut.chunk and held_bytes <= HELD_BYTES
     numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2E.value
     with torch.cuda.device_of(qkv):
         _attend_kernel[(n_splits, n_kv, tiles)](

@@ -109,6 +109,14 @@ def _of_bytes(acc, scales, token_scales, ROWS: tl.constexpr, TOKENS: tl.constexp
     return (high.to(tl.float32) * 256 + low.to(tl.float32)) * scales[:, None] * token_scales[None, :]
 
 
+@triton.jit
+def _squares(squares_ptr, tokens, in_tokens, n_squares, SQUARES: tl.constexpr):
+    """Parts of the tokens' sums of squares: [TOKENS, SQUARES]."""
+    part = tl.arange(0, SQUARES)
+    kept = in_tokens[:, None] & (part < n_squares)[None, :]
+    return tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
+
+
 @triton.jit(do_not_specialize=["M", "piece"])
 def _linear_kernel(
     x_ptr,
@@ -137,8 +145,6 @@ def _linear_kernel(
     EVEN: tl.constexpr,
     SQUARES: tl.constexpr,
     GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADDS: tl.constexpr,
     OVERLAP: tl.constexpr,
     LATE: tl.constexpr,
 ):
@@ -159,18 +165,17 @@ def _linear_kernel(
             gdc_launch_dependents()
 
     # What the end needs is under way while the depth is walked. Converted here, it would be waited for here.
-    if SQUARES:
-        part = tl.arange(0, SQUARES)
-        kept = in_tokens[:, None] & (part < n_squares)[None, :]
-        squares = tl.load(squares_ptr + tokens[:, None] * n_squares + part[None, :], mask=kept, other=0.0)
+    EARLY: tl.constexpr = SQUARES * TOKENS <= 4096  # of more there are too few registers
+    if SQUARES and EARLY:
+        squares = _squares(squares_ptr, tokens, in_tokens, n_squares, SQUARES)
     if scales_ptr is not None:
         scales = tl.load(scales_ptr + rows, mask=in_rows, other=0.0)
         token_scales = tl.load(token_scales_ptr + tokens, mask=in_tokens, other=0.0)
         if GATED:
             up_scales = tl.load(scales_ptr + N + rows, mask=in_rows, other=0.0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + rows, mask=in_rows, other=0.0)
-    if ADDS:
+    if hidden_ptr is not None:
         hidden = tl.load(hidden_ptr + places, mask=mask, other=0.0)
         norm = tl.load(norm_ptr + rows, mask=in_rows, other=0.0)
     sides: tl.constexpr = 1 if scales_ptr is None else 2
@@ -187,19 +192,21 @@ def _linear_kernel(
         if GATED:
             acc_up = _of_bytes(acc_up, up_scales, token_scales, ROWS, TOKENS)
     if SQUARES:
+        if not EARLY:
+            squares = _squares(squares_ptr, tokens, in_tokens, n_squares, SQUARES)
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
         acc = acc * scale
         if GATED:
             acc_up = acc_up * scale
-    if HAS_BIAS:
+    if bias_ptr is not None:
         acc += bias.to(tl.float32)[:, None]
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    if ADDS:
+    if hidden_ptr is not None:
         acc += hidden.to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, out, mask=mask)
-    if ADDS:
+    if hidden_ptr is not None:
         new = tl.where(mask, out.to(tl.float32), 0.0)
         tl.store(
             weighted_ptr + places, (new * norm.to(tl.float32)[:, None]).to(weighted_ptr.dtype.element_ty), mask=mask
@@ -306,8 +313,6 @@ def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, tiling: Tiling, 
             EVEN=K // strands % tiling.depth == 0,
             SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
-            HAS_BIAS=ends.bias is not None,
-            ADDS=ends.hidden is not None,
             LATE=values.nbytes >= LATE,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
