@@ -46,16 +46,16 @@ def _embed_kernel(
     OVERLAP: tl.constexpr,
 ):
     token = tl.program_id(0)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     dtype = hidden_ptr.dtype.element_ty
     column = tl.arange(0, WIDTH)
     mask = column < K
+    norm = tl.load(norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     # Behind a row's text stands garbage; whatever it is, no other memory is read.
     id_ = tl.minimum(tl.maximum(tl.load(token_ids_ptr + token), 0), vocab_size - 1)
     hidden = tl.load(embedding_ptr + id_ * K + column, mask=mask, other=0.0).to(tl.float32)
-    norm = tl.load(norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(hidden_ptr + token * K + column, hidden.to(dtype), mask=mask)
     tl.store(weighted_ptr + token * K + column, (hidden * norm).to(dtype), mask=mask)
     part = tl.arange(0, SQUARES)
@@ -87,20 +87,20 @@ def _join_kernel(
     OVERLAP: tl.constexpr,
 ):
     token = tl.program_id(0)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     dtype = both_ptr.dtype.element_ty
     column = tl.arange(0, WIDTH)
     mask = column < K
+    embedding_norm = tl.load(embedding_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    hidden_norm = tl.load(hidden_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     id_ = tl.load(token_ids_ptr + token // n_queries * stride_ids + token % n_queries)
     id_ = tl.minimum(tl.maximum(id_, 0), vocab_size - 1)  # as in _embed_kernel
-    embedded = tl.load(embedding_ptr + id_ * K + column, mask=mask, other=0.0).to(tl.float32)
-    norm = tl.load(embedding_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    embedded *= tl.rsqrt(tl.sum(embedded * embedded) / K + eps) * norm
     hidden = tl.load(hidden_ptr + token * K + column, mask=mask, other=0.0).to(tl.float32)
-    norm = tl.load(hidden_norm_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    hidden *= tl.rsqrt(tl.sum(hidden * hidden) / K + eps) * norm
+    embedded = tl.load(embedding_ptr + id_ * K + column, mask=mask, other=0.0).to(tl.float32)
+    embedded *= tl.rsqrt(tl.sum(embedded * embedded) / K + eps) * embedding_norm
+    hidden *= tl.rsqrt(tl.sum(hidden * hidden) / K + eps) * hidden_norm
     tl.store(both_ptr + token * 2 * K + column, embedded.to(dtype), mask=mask)
     tl.store(both_ptr + token * 2 * K + K + column, hidden.to(dtype), mask=mask)
     _store_waves(positions_ptr, frequencies_ptr, waves_ptr, token, half, wave_scale, dtype, HALF)
