@@ -56,7 +56,7 @@ def attend(capability: int, kind: str, chunks: int) -> str:
     pointers |= alone if kind == "one" else {"mixed_ptr": "*fp32", "stats_ptr": "*fp32"}
     constants = {
         "GROUP": 4, "DIM": 64, "HALF_PAD": 32, "DIM_PAD": 64, "PACKED": 16, "QUERIES": 2, "CHUNK": 128 // chunks,
-        "CHUNKS": chunks, "HELD": chunks == 1, "CAP": None, "WINDOWED": kind == "given", "OVERLAP": capability >= 90,
+        "CHUNKS": chunks, "CAP": None, "WINDOWED": kind == "given", "OVERLAP": capability >= 90,
     }  # fmt: skip
     return assembly(attention._attend_kernel, capability, pointers, constants, num_warps=attention.WARPS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from small_models import decoder_of
@@ -11,11 +13,15 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from flashspec.kernels import decoding
+from flashspec.kernels.decoding import Ends
+from flashspec.kernels.device import CARVEOUT, SHARED_PERCENT, leave_l1
 from flashspec.models.base import KVCache
 from flashspec.models.decoder import Decoder, DecoderConfig
 
 if not decoding.available(torch.device("cuda", 0)):
     pytest.skip("needs compute capability 8.0 and Triton", allow_module_level=True)
+
+from flashspec.kernels import direct
 
 CAPACITY, LENGTHS, TEXT = 600, (5, 126, 250), 540
 SHAPES = {
@@ -121,6 +127,16 @@ def test_a_graph_follows_lengths_that_change_on_the_device(queries: int) -> None
         torch.cuda.set_sync_debug_mode("default")
         ours = KVCache(cache.keys.clone(), cache.values.clone())
         assert torch.equal(captured, model.logits(model.forward(ids, positions, ours, CAPACITY)))
+
+
+def test_the_driver_keeps_what_it_was_told_of_a_kernels_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(direct, "leave_l1", lambda kernel: (leave_l1(kernel), launched.append(kernel)))
+    x, weight = (torch.zeros(rows, 512, dtype=torch.bfloat16, device="cuda") for rows in (1, 64))
+    direct.launch(x, weight, x.new_empty(1, 64), Ends())
+    share = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuFuncGetAttribute(ctypes.byref(share), CARVEOUT, ctypes.c_void_p(launched[0].function))
+    assert share.value == SHARED_PERCENT
 
 
 def test_an_old_gpu_says_so_once_and_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:

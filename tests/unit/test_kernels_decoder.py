@@ -163,11 +163,10 @@ class Attention:
         return out, keys.nan_to_num(), values.nan_to_num()
 
 
-@pytest.fixture(params=["few tokens", "few tokens, held", "long walks", "walks"])
+@pytest.fixture(params=["few tokens", "long walks", "walks"])
 def walks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a row's slots are cut, whatever the call's size says, and whether a cut is loaded ahead."""
-    monkeypatch.setattr(attention, "SAME_BITS", 1 << 30 if "few tokens" in request.param else 0)
-    monkeypatch.setattr(attention, "overlaps", lambda _: "held" in request.param)
+    """How a row's slots are cut, whatever the call's size says."""
+    monkeypatch.setattr(attention, "SAME_BITS", 1 << 30 if request.param == "few tokens" else 0)
     monkeypatch.setattr(attention, "ENOUGH", 1 << 30 if request.param == "walks" else 1)
     monkeypatch.setattr(attention, "SHORT", 128)
     monkeypatch.setattr(attention, "WALKED", 1 << 10)

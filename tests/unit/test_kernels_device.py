@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +82,24 @@ def test_full_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(torch.OutOfMemoryError):
             device.usable(GPU)
     assert device.usable(GPU)
+
+
+def test_the_driver_is_told_once_a_kernel_how_to_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int | None, int, int]] = []
+    driver = SimpleNamespace(cuFuncSetAttribute=lambda function, *what: told.append((function.value, *what)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    device._leave_l1.cache_clear()
+    for function in (7, 8, 7):
+        device.leave_l1(SimpleNamespace(function=function))
+    device.leave_l1(None)  # of Triton's interpreter
+    device._leave_l1.cache_clear()
+    assert told == [(7, 9, 25), (8, 9, 25)]
+
+
+def test_without_the_drivers_library_the_hint_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    device.leave_l1(SimpleNamespace(function=9))
+    device._leave_l1.cache_clear()

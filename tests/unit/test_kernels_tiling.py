@@ -65,6 +65,13 @@ def test_cuts_are_measured_among_each_others() -> None:
 
 
 @pytest.mark.usefixtures("clockwork")
+def test_two_cuts_that_only_pay_together_are_found_where_they_are_the_likeliest() -> None:
+    likely = tiling.CANDIDATES[0]
+    tiling.choose([A, B], lambda: 2.0 + cuts(A, B).count(likely) * (1 if cuts(A, B).count(likely) == 1 else -0.5))
+    assert cuts(A, B) == [likely, likely]
+
+
+@pytest.mark.usefixtures("clockwork")
 def test_what_failed_half_way_is_measured_anew() -> None:
     def run() -> float:
         if cuts(B) == [tiling.CANDIDATES[4]]:

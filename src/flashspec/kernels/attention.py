@@ -20,9 +20,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.decoding import SAME_BITS
+from flashspec.kernels.device import leave_l1
 from flashspec.kernels.draw import LOG2E
 from flashspec.kernels.linear import ask_ahead
-from flashspec.kernels.tiling import overlapped, overlaps, shared_memory
+from flashspec.kernels.tiling import overlapped, shared_memory
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
@@ -31,7 +32,6 @@ ENOUGH = 128  # programs, about one for every multiprocessor
 # Slots a program where there are many tokens. What is used of a capacity is not known: too few programs keep to LONG.
 SHORT, LONG, LONGEST = 256, 512, 2048
 WALKED, STAGES = 1 << 14, 3  # bytes of keys a step of a walk, and steps under way
-HELD_BYTES = 64 << 10  # of keys and values that 4 warps have registers for
 SCRATCH = 24 << 10  # bytes of shared memory beyond what is under way, with some to spare
 # Queries times query heads a program; others find the cache in L2. Of 64 both products would be of the wide kind.
 MOST_PACKED = 32
@@ -108,14 +108,16 @@ def _cached(cache, slots, used, dims, DIM: tl.constexpr, HALF_PAD: tl.constexpr)
 
 
 @triton.jit
-def _ask(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr):
-    """Ask for the first slots of a walk while the launch before this one ends."""
+def _ask_and_wait(cache, start, stride_head, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Ask for the first slots while the launch before this one ends."""
     keys_ptr, values_ptr = cache
     if (start + CHUNK) * DIM <= stride_head:  # nothing is asked from behind the cache
         slot_at = (start + tl.arange(0, CHUNK)) * DIM
         piece: tl.constexpr = DIM * (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
         ask_ahead(keys_ptr + slot_at, piece)
         ask_ahead(values_ptr + slot_at, piece)
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -161,7 +163,6 @@ def _walk(
     ends,
     rule,
     dims,
-    mix,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -172,9 +173,13 @@ def _walk(
     rule: (window, scale)."""
     start, skipped, last = ends
     window, scale = rule
-    top, total, mixed = mix
+    PACKED: tl.constexpr = own.shape[0]
     HALF_PAD: tl.constexpr = queries[0].shape[1]
-    for chunk in range(skipped, tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)):
+    top = tl.full([PACKED], float("-inf"), tl.float32)
+    total = tl.zeros([PACKED], tl.float32)
+    mixed = tl.zeros([PACKED, dims[0].shape[0]], tl.float32)
+    n_chunks = 1 if CHUNKS == 1 else tl.minimum(CHUNKS, tl.cdiv(last + 1 - start, CHUNK)).to(tl.int32)
+    for chunk in range(skipped, n_chunks):
         slots = start + chunk * CHUNK + tl.arange(0, CHUNK)
         key_first, key_second, value = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
         scores = _scores(queries, (key_first, key_second), own, slots, scale, window, CAP, WINDOWED)
@@ -227,13 +232,12 @@ def _attend_kernel(
     QUERIES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    HELD: tl.constexpr,
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (splits, kv heads, rows times tiles of the queries). HELD: a split's keys and values fit into registers.
-    mixed, stats: where the splits' results go; out: where the result of the only split goes."""
+    """Grid (splits, kv heads, rows times tiles of the queries). mixed, stats: where the splits' results go; out: where
+    the result of the only split goes."""
     split, head = tl.program_id(0), tl.program_id(1)
     n_packed = n_asked * GROUP
     n_tiles = tl.cdiv(n_packed, PACKED)
@@ -257,37 +261,21 @@ def _attend_kernel(
             skipped = tl.maximum(hidden, 0) // CHUNK
     head_at = row.to(tl.int64) * stride_row + head * stride_head
     cache = keys_ptr + head_at, values_ptr + head_at
+    if OVERLAP:
+        _ask_and_wait(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
+
     dim, n_heads = tl.arange(0, DIM_PAD), n_kv * GROUP
     dims = dim, dim < DIM
-    slots = start + tl.arange(0, CHUNK)
-    here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
-    writes = tl.max(here.to(tl.int32)) > 0
-    if HELD:  # a split that nothing is added to is loaded while the launch before this one ends
-        found = _cached(cache, slots, slots <= tl.where(writes, -1, last), dims, DIM, HALF_PAD)
-    if OVERLAP:
-        if not HELD or writes:
-            _ask(cache, start + skipped * CHUNK, stride_head, DIM, CHUNK)
-        gdc_wait()
-        gdc_launch_dependents()
-
     new = qkv_ptr, waves_ptr, norm_ptr, eps, row * n_queries, n_heads, n_kv, (n_heads + 2 * n_kv) * DIM
     heads = head * GROUP + packed % GROUP
-    raw = _heads(new, tokens, heads, used, DIM, HALF_PAD)
-    if writes:
+    found = _heads(new, tokens, heads, used, DIM, HALF_PAD)  # under way while new keys are written
+    here = (positions >= start) & (positions < start + CHUNK * CHUNKS) & (positions <= last)  # [QUERIES]
+    if tl.max(here.to(tl.int32)) > 0:
         _write(new, cache, head, positions, here, dims, DIM, HALF_PAD)
         tl.debug_barrier()
-        if HELD:
-            found = _cached(cache, slots, slots <= last, dims, DIM, HALF_PAD)
-    queries = _rotated(raw, new, heads, used, DIM, HALF_PAD)
-    top = tl.full([PACKED], float("-inf"), tl.float32)
-    total = tl.zeros([PACKED], tl.float32)
-    mixed = tl.zeros([PACKED, DIM_PAD], tl.float32)
-    if HELD:
-        scores = _scores(queries, (found[0], found[1]), own, slots, scale, window, CAP, WINDOWED)
-        top, total, mixed = _mix(scores, found[2], top, total, mixed)
-    else:
-        ends, rule, mix = (start, skipped, last), (window, scale), (top, total, mixed)
-        top, total, mixed = _walk(cache, queries, own, ends, rule, dims, mix, DIM, CHUNK, CHUNKS, CAP, WINDOWED)
+    queries = _rotated(found, new, heads, used, DIM, HALF_PAD)
+    ends, rule = (start, skipped, last), (window, scale)
+    top, total, mixed = _walk(cache, queries, own, ends, rule, dims, DIM, CHUNK, CHUNKS, CAP, WINDOWED)
     if out_ptr is None:
         place = ((row * n_kv + head) * tl.num_programs(0) + split) * n_packed + packed  # [PACKED]
         _store(mixed_ptr, stats_ptr, place, used, top, total, mixed, dims, DIM)
@@ -408,11 +396,9 @@ def attend(
     shared = {"GROUP": group, "DIM": dim, "DIM_PAD": triton.next_power_of_2(dim), "WINDOWED": window is not None}
     shared |= overlapped(qkv.device)
     tensors = qkv, waves, positions, qk_norm, keys, values, sinks, out if n_splits == 1 else None, mixed, stats
-    held_bytes = 2 * cut.split * shared["DIM_PAD"] * qkv.itemsize
-    held = overlaps(qkv.device) and cut.split == cut.chunk and held_bytes <= HELD_BYTES
     numbers = queries, asked, n_kv, window or 0, keys.stride(0), keys.stride(1), eps, (scale or dim**-0.5) * LOG2E.value
     with torch.cuda.device_of(qkv):
-        _attend_kernel[(n_splits, n_kv, tiles)](
+        launched = _attend_kernel[(n_splits, n_kv, tiles)](
             *tensors,
             *numbers,
             HALF_PAD=max(triton.next_power_of_2(dim // 2), 16),
@@ -420,13 +406,12 @@ def attend(
             QUERIES=max(triton.next_power_of_2(queries), 2),
             CHUNK=cut.chunk,
             CHUNKS=cut.split // cut.chunk,
-            HELD=held,
             CAP=softcap and softcap * LOG2E.value,
             num_warps=WARPS,
             num_stages=cut.stages,
-            maxnreg=255 if held else None,  # or ptxas saves registers and loads a few at a time
             **shared,
         )
+        leave_l1(launched)
         if n_splits == 1:
             return out
         _combine_kernel[(batch * asked, n_heads)](
@@ -442,7 +427,7 @@ def attend(
             SPLITS=max(triton.next_power_of_2(n_splits), 2),
             SLOTS=cut.split,
             num_warps=4,
-            maxnreg=255,
+            maxnreg=255,  # or ptxas saves registers and loads a few at a time
             **shared,
         )
     return out

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import sys
 import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 TRITON_AVAILABLE = find_spec("triton") is not None
+CARVEOUT, SHARED_PERCENT = 9, 25  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of CUDA's driver, and its value
 
 
 @functools.cache
@@ -45,3 +50,19 @@ def _launch(device: torch.device) -> None:
 
     one = torch.ones(1, 1, dtype=torch.int64, device=device)
     gather_accepted(one, one[0])
+
+
+def leave_l1(launched: Any) -> None:
+    """Ask the driver to run a kernel, as Triton returned it from a launch, with most of a multiprocessor's memory as L1
+    cache, where loads under way need room. Not asked, it may keep what the kernel before had, such as a product that
+    fills shared memory: five tokens of an 8B model take 3 % longer then, nine 5 %."""
+    function = getattr(launched, "function", None)
+    if function is not None:
+        _leave_l1(function)
+
+
+@functools.cache
+def _leave_l1(function: int) -> None:
+    with contextlib.suppress(OSError):  # it is a hint
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, SHARED_PERCENT)

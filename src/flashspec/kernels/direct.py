@@ -25,13 +25,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from flashspec.kernels.decoding import SAME_BITS, Ends
+from flashspec.kernels.device import leave_l1
 from flashspec.kernels.tiling import DIRECT, overlapped
 
 # Of 20 schedules measured on an H200 for 13 products of 135M, 1B and 8B models this is within 5 % of the best.
 ROWS, DEPTH, WARPS = DIRECT.rows, DIRECT.depth, DIRECT.warps
 REGISTERS = 128  # a thread: two programs, one of which waits, fill a multiprocessor
 MOST_BYTES = 96 << 20  # of weights: 67 MB are read 15 % faster than by the other kernel, 117 MB no faster
-MANY_INPUTS = 4  # steps whose inputs are under way where they take twice the registers
 EARLY_BYTES = 8 << 20  # of weights up to which everything asked for ahead is asked for before the wait
 
 
@@ -49,10 +49,16 @@ def _let_next_begin():
 
 
 @gluon.jit
-def _fetch(at, inside, step: gl.constexpr, STEP: gl.constexpr, STEPS: gl.constexpr, EVEN: gl.constexpr):
-    """A step's tile; zeros where the depth has ended."""
+def _fetch(
+    at, inside, step: gl.constexpr, STEP: gl.constexpr, STEPS: gl.constexpr, EVEN: gl.constexpr, KEEP: gl.constexpr
+):
+    """A step's tile; zeros where the depth has ended. KEEP: it is read by others too."""
     whole: gl.constexpr = EVEN or step < STEPS - 1
-    return gl.load(at + step * STEP) if whole else gl.load(at + step * STEP, mask=inside, other=0)
+    policy: gl.constexpr = "" if KEEP else "evict_first"
+    if whole:
+        return gl.load(at + step * STEP, eviction_policy=policy)
+    else:  # noqa: RET505 - Triton decides at compile time between the two
+        return gl.load(at + step * STEP, mask=inside, other=0, eviction_policy=policy)
 
 
 @gluon.jit
@@ -116,7 +122,7 @@ def _direct_kernel(
     inside = column + gl.zeros([WARPS, LINES, DEPTH], gl.int32, left) < LAST
     weights = ()
     for step in gl.static_range(HELD):
-        weights = weights + (_fetch(weight_at, inside, step, STEP, STEPS, EVEN),)
+        weights = weights + (_fetch(weight_at, inside, step, STEP, STEPS, EVEN, False),)
 
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(1, right)))
     x_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, right)))
@@ -128,7 +134,7 @@ def _direct_kernel(
         _wait()
     inputs = ()
     for step in gl.static_range(INPUTS_AHEAD):
-        inputs = inputs + (_fetch(x_at, x_inside, step, STEP, STEPS, EVEN),)
+        inputs = inputs + (_fetch(x_at, x_inside, step, STEP, STEPS, EVEN, True),)
     if OVERLAP and not EARLY:
         _let_next_begin()
 
@@ -150,14 +156,14 @@ def _direct_kernel(
         norm = gl.load(norm_ptr + rows, mask=in_rows, other=0.0).to(gl.float32)
 
     for step in gl.static_range(HELD, AHEAD):
-        weights = weights + (_fetch(weight_at, inside, step, STEP, STEPS, EVEN),)
+        weights = weights + (_fetch(weight_at, inside, step, STEP, STEPS, EVEN, False),)
     acc = gl.zeros([WARPS, LINES, TOKENS], gl.float32, unit)
     for step in gl.static_range(STEPS):
         acc = mma_v2(weights[step], inputs[step], acc)
         if step + AHEAD < STEPS:
-            weights = weights + (_fetch(weight_at, inside, step + AHEAD, STEP, STEPS, EVEN),)
+            weights = weights + (_fetch(weight_at, inside, step + AHEAD, STEP, STEPS, EVEN, False),)
         if step + INPUTS_AHEAD < STEPS:
-            inputs = inputs + (_fetch(x_at, x_inside, step + INPUTS_AHEAD, STEP, STEPS, EVEN),)
+            inputs = inputs + (_fetch(x_at, x_inside, step + INPUTS_AHEAD, STEP, STEPS, EVEN, True),)
 
     out = gl.sum(gl.convert_layout(acc, joined), 0)  # [LINES, TOKENS]
     if SQUARES:
@@ -214,7 +220,7 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
     early = weight.nbytes < EARLY_BYTES or (few and gated)
     ahead = min(4 if gated else 8, steps)
     with torch.cuda.device_of(x):
-        _direct_kernel[(DIRECT.programs(N),)](
+        launched = _direct_kernel[(DIRECT.programs(N),)](
             x,
             weight,
             out,
@@ -230,7 +236,7 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             DEPTH=DEPTH,
             AHEAD=ahead,
             HELD=ahead if early else triton.cdiv(ahead, 2),
-            INPUTS_AHEAD=min(8 if few or steps <= 6 else MANY_INPUTS, steps),
+            INPUTS_AHEAD=min(8, steps) if few or steps <= 6 else 2,
             SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
             EARLY=early,
@@ -238,3 +244,4 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             maxnreg=REGISTERS,
             **overlapped(x.device),
         )
+    leave_l1(launched)

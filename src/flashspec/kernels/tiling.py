@@ -50,7 +50,7 @@ OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
 )
 DIRECT = Tiling(16, 8, 32, 8, 0)  # of the kernel in `direct`, for SAME_BITS tokens: its strands are its warps'
 MEASURED = 1, 5, 9  # tokens; a cut may suit five and not nine
-FILE = "cuts-2.json"  # in the cache; another number where the kernels or the way of measuring have changed
+FILE = "cuts-3.json"  # in the cache; another number where the kernels or the way of measuring have changed
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 _choosing = threading.RLock()  # a cut that is being tried is no other chooser's
@@ -79,13 +79,15 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
 def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -> None:
     """Remember with which cuts of products, each a weight and whether it is gated, `run` is fastest. It multiplies by
     weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
-    16 % of an 8B step. Each is measured twice, as the best cut depends on the others'."""
+    16 % of an 8B step. Each is measured twice, as the best cut depends on the others', which at first are the
+    likeliest."""
     with _choosing:
         if not _chosen:
             _chosen.update(_stored())
         named = {_name(*product): product for product in products if product[0].dtype != torch.float32}
         unknown = [(name, _candidates(*product)) for name, product in named.items() if name not in _chosen]
         try:
+            _chosen.update((name, cuts[0]) for name, cuts in unknown)
             for name, cuts in unknown * 2:
                 _chosen[name] = _fastest(name, cuts, run)
         except BaseException:
@@ -97,14 +99,15 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -
 
 
 def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
-    """Where the direct kernel may be the one, one of the others beside it: each costs a second to compile."""
+    """The likeliest first. Where the direct kernel may be it, one of the others beside it: each costs a second to
+    compile."""
     if weight.dtype == torch.int8:
         return OF_BYTES
     if weight.device.type != "cuda":
         return CANDIDATES
     from flashspec.kernels import direct  # needs Triton
 
-    return (guess(weight, gated), DIRECT) if direct.takes(weight) else CANDIDATES
+    return (DIRECT, guess(weight, gated)) if direct.takes(weight) else CANDIDATES
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:
