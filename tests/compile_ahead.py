@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -37,11 +38,11 @@ def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: 
 
 
 def product(capability: int, role: str, tokens: int) -> str:
+    """An 8B model's size, of which the last step of `add` is not whole."""
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16"} | ROLES[role]
-    constants = {
-        "K": 1000 if role == "add" else 576, "TOKENS": tokens, "ROWS": direct.ROWS, "WARPS": direct.WARPS,
-        "DEPTH": direct.DEPTH, "AHEAD": 2, "HELD": 1, "INPUTS_AHEAD": 2, "GATED": role == "gated",
-        "SQUARES": 64 if "squares_ptr" in pointers else 0, "EARLY": role == "project", "OVERLAP": capability >= 90,
+    weight = torch.empty(4096, 4096 - 24 * (role == "add"), dtype=torch.bfloat16, device="meta")
+    constants = direct.schedule(weight, tokens, role == "gated") | {
+        "K": weight.shape[1], "SQUARES": 256 if "squares_ptr" in pointers else 0, "OVERLAP": capability >= 90,
     }  # fmt: skip
     kernel = direct._direct_kernel
     return assembly(kernel, capability, pointers, constants, num_warps=direct.WARPS, maxnreg=direct.REGISTERS)

@@ -114,6 +114,22 @@ def test_a_weight_in_eight_bits_is_within_half_a_step() -> None:
     assert InBytes.of(weight).scales[2].isnan()
 
 
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_a_weight_is_measured_out_of_any_cache(in_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[int, int] = {}
+
+    def launch(x: Tensor, weight: Tensor | InBytes, *_: object) -> None:
+        values = weight.values if isinstance(weight, InBytes) else weight
+        read[values.data_ptr()] = values.nbytes
+
+    monkeypatch.setattr(linear, "_launch", launch)
+    monkeypatch.setattr(linear, "choose", lambda products, run, keep: run())
+    monkeypatch.setattr(linear, "IN_NO_CACHE", 50_000)
+    weight = torch.ones(64, 96, dtype=torch.bfloat16)
+    linear.tune(InBytes.of(weight) if in_bytes else weight)
+    assert 50_000 <= sum(read.values()) < 64_000
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "depth"), [(3, 48, 64), (17, 41, 96)])
 def test_the_residual_comes_with_what_the_next_norm_needs(

@@ -16,6 +16,7 @@ from flashspec.kernels import tiling
 def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLASHSPEC_CACHE", str(tmp_path))
     monkeypatch.setattr(tiling, "_chosen", {})
+    monkeypatch.setattr(tiling, "_passing", set())
 
 
 def weight(outputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -65,10 +66,29 @@ def test_cuts_are_measured_among_each_others() -> None:
 
 
 @pytest.mark.usefixtures("clockwork")
-def test_two_cuts_that_only_pay_together_are_found_where_they_are_the_likeliest() -> None:
-    likely = tiling.CANDIDATES[0]
-    tiling.choose([A, B], lambda: 2.0 + cuts(A, B).count(likely) * (1 if cuts(A, B).count(likely) == 1 else -0.5))
-    assert cuts(A, B) == [likely, likely]
+def test_two_cuts_that_only_pay_together_are_found_where_they_are_the_likeliest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    likeliest = tiling.CANDIDATES[0]
+    monkeypatch.setattr(tiling, "_candidates", lambda *product: (likeliest, tiling.guess(*product)))
+    tiling.choose([A, B], lambda: (2.0, 3.0, 1.0)[cuts(A, B).count(likeliest)])
+    assert cuts(A, B) == [likeliest, likeliest]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_what_is_not_kept_decides_nothing_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, among = tiling.CANDIDATES[2], tiling.CANDIDATES[4]
+    for _ in range(2):  # the second finds what is kept, and measures all the same
+        tiling.choose([A], lambda: 1.0 if cuts(A) == [alone] else 2.0, keep=False)
+        assert cuts(A) == [alone]
+        tiling.choose([A], lambda: 1.0 if cuts(A) == [among] else 2.0)
+        assert cuts(A) == [among]
+    tiling.choose([A], lambda: 1.0 if cuts(A) == [alone] else 2.0, keep=False)
+    tiling.choose([B], lambda: 1.0)  # writes what is kept
+    monkeypatch.setattr(tiling, "_chosen", {})
+    monkeypatch.setattr(tiling, "_passing", set())
+    tiling.choose([A], never)
+    assert cuts(A) == [among]
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -103,13 +103,13 @@ def _verify_tokens(shape: tuple[int, int, int], dtype: torch.dtype, grid: Grid) 
 
 
 def _product(shape: Shape, name: str, rows: int, columns: int, tokens: int, grid: Grid) -> Case:
-    """A few tokens times a weight matrix, which costs what reading the matrix costs; cut as a decoder's would be."""
+    """A few tokens times a weight matrix, which costs what reading the matrix costs; cut as is best for it alone."""
     filler = Filler(torch.bfloat16, torch.device(grid.device), 0)
     n_bytes = rows * columns * torch.bfloat16.itemsize
     weights = [filler.matrix(rows, columns) for _ in range(sets(n_bytes))]
     x = filler.matrix(tokens, columns)
     if decoding.available(filler.device):
-        import_module("flashspec.kernels.linear").tune(weights, gated=False)
+        import_module("flashspec.kernels.linear").tune(weights[0], keep=False)
     project = _decoder_kernels(filler.device)[0]
     return Case(
         kernel="product",

@@ -20,10 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels.decoding import SAME_BITS
-from flashspec.kernels.device import leave_l1
+from flashspec.kernels.device import leave_l1, overlapped, shared_memory
 from flashspec.kernels.draw import LOG2E
 from flashspec.kernels.linear import ask_ahead
-from flashspec.kernels.tiling import overlapped, shared_memory
 
 SPLIT = 128  # slots, up to a capacity of MOST_SPLITS * SPLIT
 MOST_SPLITS = 32
@@ -411,7 +410,8 @@ def attend(
             num_stages=cut.stages,
             **shared,
         )
-        leave_l1(launched)
+        if cut.stages == 1:  # else loads under way are in shared memory
+            leave_l1(launched)
         if n_splits == 1:
             return out
         _combine_kernel[(batch * asked, n_heads)](

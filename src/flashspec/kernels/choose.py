@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.core import Draft
+from flashspec.kernels.device import overlapped
 from flashspec.kernels.draw import LARGEST, NEVER, STEP, _first, _gumbel_race
 from flashspec.kernels.fused import pieces, processors
-from flashspec.kernels.tiling import overlapped
 
 
 @triton.jit(do_not_specialize=["offset", "purpose", "steps"])

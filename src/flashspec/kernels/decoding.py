@@ -39,9 +39,8 @@ from torch import Tensor
 from flashspec.kernels.device import usable
 
 SAME_BITS = 16  # tokens, up to which a call's results must not depend on their number
-MOST_TOKENS = 64  # for the products; attend and the last three take any number
-MOST_QUERIES = 256  # a row, for attend: PyTorch's was as fast with more before ours walked
-MOST_ROWS_AND_QUERIES = 1024
+MOST_TOKENS = 64  # of project, project_gated and project_add; the others have no limit of their own
+MOST_QUERIES, MOST_ROWS_AND_QUERIES = 256, 1024  # a row and a call, for attend; with more PyTorch attends
 
 available = usable
 

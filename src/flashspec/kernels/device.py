@@ -1,4 +1,4 @@
-"""Which devices the Triton kernels run on."""
+"""Which devices the Triton kernels run on, and what they ask of one."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def _launch(device: torch.device) -> None:
 
     one = torch.ones(1, 1, dtype=torch.int64, device=device)
     gather_accepted(one, one[0])
+
+
+@functools.cache
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """The options of a launch that may begin while the one before it ends: compute capability 9.0 and up."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - 1024  # type: ignore[attr-defined]
 
 
 def leave_l1(launched: Any) -> None:

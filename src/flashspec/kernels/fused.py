@@ -21,11 +21,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.core import Likelihoods
+from flashspec.kernels.device import overlapped
 from flashspec.kernels.draw import LOG2E, MIN_HEAT, STEP, _draw
 from flashspec.kernels.noise import _random_words
 from flashspec.kernels.reference_fused import ACCEPT
 from flashspec.kernels.summary import TILE, _combine, _row_at, _summary_kernel
-from flashspec.kernels.tiling import overlapped
 
 FOR_ACCEPT = tl.constexpr(ACCEPT)
 PIECES, MOST_STEPS = 6, 8  # pieces a multiprocessor at the least, steps a piece at the most: 16 are no better

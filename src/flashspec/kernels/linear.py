@@ -9,8 +9,6 @@ tokens never changes which matrix instruction is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +17,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashspec.kernels import direct, elementwise
 from flashspec.kernels.decoding import Ends, InBytes, Weight, values_of
-from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, Tiling, choose, overlapped, shared_memory, tiling_of
+from flashspec.kernels.device import overlapped, shared_memory
+from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, Tiling, choose, tiling_of
 
-AHEAD = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
+ASKED = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
-LATE = 32 << 20
+LATE_BYTES = 32 << 20
 LEAST_COLUMNS, MOST_COLUMNS = 16, 128  # of a matrix instruction, of what registers hold
 
 
@@ -165,8 +164,8 @@ def _linear_kernel(
             gdc_launch_dependents()
 
     # What the end needs is under way while the depth is walked. Converted here, it would be waited for here.
-    EARLY: tl.constexpr = SQUARES * TOKENS <= 4096  # of more there are too few registers
-    if SQUARES and EARLY:
+    SQUARES_AHEAD: tl.constexpr = SQUARES * TOKENS <= 4096  # for more there are too few registers
+    if SQUARES and SQUARES_AHEAD:
         squares = _squares(squares_ptr, tokens, in_tokens, n_squares, SQUARES)
     if scales_ptr is not None:
         scales = tl.load(scales_ptr + rows, mask=in_rows, other=0.0)
@@ -192,7 +191,7 @@ def _linear_kernel(
         if GATED:
             acc_up = _of_bytes(acc_up, up_scales, token_scales, ROWS, TOKENS)
     if SQUARES:
-        if not EARLY:
+        if not SQUARES_AHEAD:
             squares = _squares(squares_ptr, tokens, in_tokens, n_squares, SQUARES)
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
         acc = acc * scale
@@ -249,21 +248,24 @@ def n_parts(weight: Weight, tokens: int) -> int:
     return tiling_of(values, tokens=tokens).programs(len(values))
 
 
-def tune(weights: Sequence[Weight], gated: bool) -> None:
-    """Choose the tiling for weights of one shape by measurement, of nothing but their products."""
-    first = values_of(weights[0])
-    dtype = first.dtype if first.is_floating_point() else torch.bfloat16
-    x = torch.randn(max(MEASURED), first.shape[1], dtype=dtype, device=first.device)
-    out = torch.empty(max(MEASURED), first.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
-    several = max(2, min(len(weights), -(-IN_NO_CACHE // first.nbytes)))
+def tune(weight: Weight, keep: bool = True) -> None:
+    """Choose a weight's tiling by measurement, of nothing but its products, and of copies that no cache holds. keep: as
+    for `choose`."""
+    values = values_of(weight)
+    dtype = values.dtype if values.is_floating_point() else torch.bfloat16
+    x = torch.randn(max(MEASURED), values.shape[1], dtype=dtype, device=values.device)
+    out = torch.empty(max(MEASURED), len(values), dtype=dtype, device=values.device)
+    copies = [weight]
+    while len(copies) * values.nbytes < IN_NO_CACHE:
+        copies.append(weight._replace(values=values.clone()) if isinstance(weight, InBytes) else values.clone())
 
     def run() -> None:
         for tokens in MEASURED:
-            tiling = tiling_of(first, gated, tokens)
-            for index in range(several):
-                _launch(x[:tokens], weights[index % len(weights)], out[:tokens], Ends(), tiling, gated)
+            tiling = tiling_of(values, tokens=tokens)
+            for each in copies:
+                _launch(x[:tokens], each, out[:tokens], Ends(), tiling)
 
-    choose([(first, gated)], run)
+    choose([(values, False)], run, keep)
 
 
 def _operands(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -289,7 +291,7 @@ def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, tiling: Tiling, 
     lines, columns = tiling.rows * strands, sides * tokens * strands
     stage_bytes = (lines * (2 if gated else 1) + columns) * tiling.depth * values.itemsize
     threads = 32 * tiling.warps
-    ahead = min(AHEAD // threads // (2 if gated else 1), K // strands * values.itemsize * lines // threads)
+    ahead = min(ASKED // threads // (2 if gated else 1), K // strands * values.itemsize * lines // threads)
     with torch.cuda.device_of(x):
         _linear_kernel[(tiling.programs(N),)](
             x,
@@ -313,7 +315,7 @@ def _launch(x: Tensor, weight: Weight, out: Tensor, ends: Ends, tiling: Tiling, 
             EVEN=K // strands % tiling.depth == 0,
             SQUARES=0 if ends.squares is None else triton.next_power_of_2(ends.n_squares()),
             GATED=gated,
-            LATE=values.nbytes >= LATE,
+            LATE=values.nbytes >= LATE_BYTES,
             num_warps=tiling.warps,
             num_stages=max(min(tiling.stages, shared_memory(x.device) // stage_bytes), 1),
             **overlapped(x.device),

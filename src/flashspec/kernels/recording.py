@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flashspec.kernels.tiling import overlapped
+from flashspec.kernels.device import overlapped
 
 
 @triton.jit

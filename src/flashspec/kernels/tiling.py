@@ -53,6 +53,7 @@ MEASURED = 1, 5, 9  # tokens; a cut may suit five and not nine
 FILE = "cuts-3.json"  # in the cache; another number where the kernels or the way of measuring have changed
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
+_passing: set[str] = set()  # of these, measured by a benchmark and for no other use
 _choosing = threading.RLock()  # a cut that is being tried is no other chooser's
 
 
@@ -76,16 +77,16 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
     return CANDIDATES[2] if outputs > 2048 else CANDIDATES[4]
 
 
-def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -> None:
+def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], keep: bool = True) -> None:
     """Remember with which cuts of products, each a weight and whether it is gated, `run` is fastest. It multiplies by
     weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
     16 % of an 8B step. Each is measured twice, as the best cut depends on the others', which at first are the
-    likeliest."""
+    likeliest. keep: for every later use, else measured anew and for this process until it is chosen otherwise."""
     with _choosing:
         if not _chosen:
             _chosen.update(_stored())
         named = {_name(*product): product for product in products if product[0].dtype != torch.float32}
-        unknown = [(name, _candidates(*product)) for name, product in named.items() if name not in _chosen]
+        unknown = [(name, _candidates(*product)) for name, product in named.items() if not _known(name, keep)]
         try:
             _chosen.update((name, cuts[0]) for name, cuts in unknown)
             for name, cuts in unknown * 2:
@@ -94,20 +95,27 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -
             for name, _ in unknown:
                 _chosen.pop(name, None)
             raise
-        if unknown:
+        names = {name for name, _ in unknown}
+        (_passing.difference_update if keep else _passing.update)(names)
+        if keep and unknown:
             _store()
+
+
+def _known(name: str, keep: bool) -> bool:
+    return keep and name in _chosen and name not in _passing
 
 
 def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
     """The likeliest first. Where the direct kernel may be it, one of the others beside it: each costs a second to
     compile."""
-    if weight.dtype == torch.int8:
-        return OF_BYTES
-    if weight.device.type != "cuda":
-        return CANDIDATES
-    from flashspec.kernels import direct  # needs Triton
+    likeliest = guess(weight, gated)
+    if weight.device.type == "cuda":
+        from flashspec.kernels import direct  # needs Triton
 
-    return (DIRECT, guess(weight, gated)) if direct.takes(weight) else CANDIDATES
+        if direct.takes(weight):
+            return DIRECT, likeliest
+    others = OF_BYTES if weight.dtype == torch.int8 else CANDIDATES
+    return likeliest, *(cut for cut in others if cut != likeliest)
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:
@@ -157,25 +165,5 @@ def _store() -> None:
     with contextlib.suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
         fresh = cache_dir() / f"{FILE}.new"
-        fresh.write_text(json.dumps(_stored() | _chosen))
+        fresh.write_text(json.dumps(_stored() | {name: cut for name, cut in _chosen.items() if name not in _passing}))
         fresh.replace(cache_dir() / FILE)
-
-
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may begin while the one before it ends: compute capability 9.0 and up."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def overlapped(device: torch.device) -> dict[str, bool]:
-    """The options of a launch whose kernel does."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may use."""
-    if device.type != "cuda":
-        return 1 << 20
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin) - 1024  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ class Product:
     def tune(self) -> None:
         """Measure what has not been measured on this GPU; nothing while a graph is captured."""
         if not self._tuned and not _capturing():
-            linear.tune([self.few], gated=False)
+            linear.tune(self.few)
             self._tuned = True
 
     def __call__(self, x: Tensor, squares: Tensor | None = None) -> Tensor:
