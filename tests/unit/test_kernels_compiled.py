@@ -74,6 +74,28 @@ def test_attention_compiles(capability: int, kind: str, chunks: int, assembly: d
     assert text.count("griddepcontrol.wait") == (capability >= 90) and "mma" in text
 
 
+@pytest.mark.parametrize("role", ["plain", "project", "gated", "add", "bytes"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_other_products_compile(capability: int, role: str, assembly: dict[str, str]) -> None:
+    text = assembly[f"linear {capability} {role}"]
+    before, _, _ = text.partition("griddepcontrol.wait")
+    assert "mma" in text and text.count("griddepcontrol.wait") == (capability >= 90)
+    if capability >= 90:  # what launches before this one wrote is read behind the wait
+        assert "prefetch" in before and not loads(before) and "cp.async.cg" not in before
+        assert text.count("griddepcontrol.launch_dependents") == 1
+
+
+@pytest.mark.parametrize("name", ["combine", "embed", "join"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_small_kernels_compile(capability: int, name: str, assembly: dict[str, str]) -> None:
+    text = assembly[f"small {capability} {name}"]
+    before, _, after = text.partition("griddepcontrol.wait")
+    assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dependents") == (capability >= 90)
+    if capability >= 90:
+        early, late = ([".b64" in line for line in loads(side)] for side in (before, after))  # positions and ids
+        assert early == [True] and late if name == "combine" else early and not any(early) and any(late)
+
+
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("outputs", "depth"), [(16, 8), (33, 264), (48, 1000), (640, 2048), (72, 8192)])

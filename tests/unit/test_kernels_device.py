@@ -26,6 +26,7 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(device, "TRITON_AVAILABLE", True)
     monkeypatch.setattr(device, "_launch", lambda device: None)
+    monkeypatch.setattr(device, "shared_memory", lambda device: 226 << 10)
     device.usable.cache_clear()
     yield
     device.usable.cache_clear()
@@ -90,8 +91,8 @@ def test_the_driver_is_told_once_a_kernel_how_to_share_its_memory(monkeypatch: p
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     device._leave_l1.cache_clear()
     for function in (7, 8, 7):
-        device.leave_l1(SimpleNamespace(function=function))
-    device.leave_l1(None)  # of Triton's interpreter
+        device.leave_l1(SimpleNamespace(function=function), GPU)
+    device.leave_l1(None, GPU)  # of Triton's interpreter
     device._leave_l1.cache_clear()
     assert told == [(7, 9, 25), (8, 9, 25)]
 
@@ -101,5 +102,11 @@ def test_without_the_drivers_library_the_hint_is_left_out(monkeypatch: pytest.Mo
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    device.leave_l1(SimpleNamespace(function=9))
+    device.leave_l1(SimpleNamespace(function=9), GPU)
     device._leave_l1.cache_clear()
+
+
+def test_a_gpu_with_little_shared_memory_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "shared_memory", lambda device: 98 << 10)
+    monkeypatch.setattr(device, "_leave_l1", lambda function: pytest.fail("asked"))
+    device.leave_l1(SimpleNamespace(function=9), GPU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,16 @@ def test_two_cuts_that_only_pay_together_are_found_where_they_are_the_likeliest(
     monkeypatch.setattr(tiling, "_candidates", lambda *product: (likeliest, tiling.guess(*product)))
     tiling.choose([A, B], lambda: (2.0, 3.0, 1.0)[cuts(A, B).count(likeliest)])
     assert cuts(A, B) == [likeliest, likeliest]
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_likeliest_is_the_first_candidate(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = pytest.importorskip("flashspec.kernels.direct")
+    monkeypatch.setattr(direct, "takes", lambda weight: small)
+    product = SimpleNamespace(shape=(4096, 14336), dtype=torch.bfloat16, device=torch.device("cuda", 0)), False
+    found = tiling._candidates(*product)
+    assert found[:2] == (tiling.DIRECT, tiling.guess(*product)) if small else found[0] == tiling.guess(*product)
+    assert len(found) == 2 if small else set(found) == set(tiling.CANDIDATES)
 
 
 @pytest.mark.usefixtures("clockwork")

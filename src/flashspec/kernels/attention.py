@@ -233,10 +233,12 @@ def _attend_kernel(
     CHUNKS: tl.constexpr,
     CAP: tl.constexpr,
     WINDOWED: tl.constexpr,
+    ALONE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (splits, kv heads, rows times tiles of the queries). mixed, stats: where the splits' results go; out: where
-    the result of the only split goes."""
+    the result of the only split goes. ALONE: programs are so few that each has a multiprocessor; the code is the same,
+    but the driver is asked for another cut of its memory, which is a function's."""
     split, head = tl.program_id(0), tl.program_id(1)
     n_packed = n_asked * GROUP
     n_tiles = tl.cdiv(n_packed, PACKED)
@@ -387,6 +389,7 @@ def attend(
     tiles = batch * triton.cdiv(asked * group, packed)
     cut = plan(batch * queries, n_kv * tiles, capacity, dim, qkv)
     n_splits = triton.cdiv(capacity, cut.split)
+    alone = batch * queries <= SAME_BITS and n_splits * n_kv * tiles <= ENOUGH
     out = torch.empty(batch * asked, n_heads * dim, dtype=qkv.dtype, device=qkv.device)
     mixed = stats = None
     if n_splits > 1:
@@ -406,12 +409,13 @@ def attend(
             CHUNK=cut.chunk,
             CHUNKS=cut.split // cut.chunk,
             CAP=softcap and softcap * LOG2E.value,
+            ALONE=alone,
             num_warps=WARPS,
             num_stages=cut.stages,
             **shared,
         )
-        if cut.stages == 1:  # else loads under way are in shared memory
-            leave_l1(launched)
+        if alone:
+            leave_l1(launched, qkv.device)
         if n_splits == 1:
             return out
         _combine_kernel[(batch * asked, n_heads)](

@@ -252,4 +252,4 @@ def launch(x: Tensor, weight: Tensor, out: Tensor, ends: Ends, gated: bool = Fal
             **schedule(weight, M, gated),
             **overlapped(x.device),
         )
-    leave_l1(launched)
+        leave_l1(launched, x.device)

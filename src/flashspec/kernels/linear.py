@@ -23,6 +23,7 @@ from flashspec.kernels.tiling import DIRECT, IN_NO_CACHE, MEASURED, Tiling, choo
 ASKED = 32 << 10  # bytes of weights a program asks into L2 before its predecessor is done
 # Bytes of weights from which on the next launch waits for the last loads: 8B steps - 3 %, 135M steps would be + 20 %.
 LATE_BYTES = 32 << 20
+MOST_COPIES = 64  # of a weight: a few hundred launches a measurement
 LEAST_COLUMNS, MOST_COLUMNS = 16, 128  # of a matrix instruction, of what registers hold
 
 
@@ -256,10 +257,10 @@ def tune(weight: Weight, keep: bool = True) -> None:
     x = torch.randn(max(MEASURED), values.shape[1], dtype=dtype, device=values.device)
     out = torch.empty(max(MEASURED), len(values), dtype=dtype, device=values.device)
     copies = [weight]
-    while len(copies) * values.nbytes < IN_NO_CACHE:
-        copies.append(weight._replace(values=values.clone()) if isinstance(weight, InBytes) else values.clone())
 
     def run() -> None:
+        while len(copies) < min(-(-IN_NO_CACHE // values.nbytes), MOST_COPIES):
+            copies.append(weight._replace(values=values.clone()) if isinstance(weight, InBytes) else values.clone())
         for tokens in MEASURED:
             tiling = tiling_of(values, tokens=tokens)
             for each in copies:

@@ -171,7 +171,7 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
         multiplied.append(weight.data_ptr())
         launch_kernel(x, weight, *rest, **options)
 
-    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object]) -> None:
+    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], keep: bool = True) -> None:
         found = {(weight.data_ptr(), gated) for weight, gated in products}
         if not found <= measured:
             measured.update(found)
@@ -181,6 +181,7 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
 
     launch_kernel = linear._launch
     monkeypatch.setattr(linear, "_launch", launch)
+    monkeypatch.setattr(linear, "IN_NO_CACHE", 0)
     for module in (linear, decoder_gpu):
         monkeypatch.setattr(module, "choose", choose)
     head, decoder = head_of(), decoder_of(DecoderConfig(**SHAPE), torch.randn)
