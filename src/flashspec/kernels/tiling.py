@@ -50,7 +50,7 @@ OF_BYTES = (  # of 8 for the five products of an 8B head: within 1.5 %
 )
 DIRECT = Tiling(16, 8, 32, 8, 0)  # of the kernel in `direct`, for SAME_BITS tokens: its strands are its warps'
 MEASURED = 1, 5, 9  # tokens; a cut may suit five and not nine
-FILE = "cuts-3.json"  # in the cache; another number where the kernels or the way of measuring have changed
+FILE = "cuts-4.json"  # in the cache; another number where the kernels or the way of measuring have changed
 IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 _passing: set[str] = set()  # of these, measured by a benchmark and for no other use

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
 ROUNDED = 32 << 20  # bytes
+REHEARSED_SLOTS = 1024  # what attention leaves behind in the caches depends on them
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
 
 
@@ -86,9 +87,10 @@ class FewTokens:
             return
         self._tuned = True
         c, embedding = self._config, self._weights.embedding
-        shape = (c.num_layers, 1, c.num_kv_heads, 16, c.head_dim)
+        shape = (len(self._rehearsed()), 1, c.num_kv_heads, REHEARSED_SLOTS, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
-        texts = [torch.arange(tokens, device=embedding.device)[None] for tokens in MEASURED]
+        slots = torch.arange(REHEARSED_SLOTS, device=embedding.device)[None]
+        texts = [slots[:, -tokens:].clone() for tokens in MEASURED]  # aligned, as those that it serves
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
 
@@ -131,12 +133,15 @@ class FewTokens:
         return self._weights.layers[0].qkv
 
     def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
-        """Through as many layers as do not stay in L2. tokens: (1, Q), each its own position."""
+        """tokens: (1, Q), each its own position."""
+        self._narrow(tokens, tokens, cache, self._rehearsed(), lambda *_: None)
+
+    def _rehearsed(self) -> tuple[LayerWeights, ...]:
+        """As many layers as do not stay in L2."""
         layers = self._weights.layers
         first = layers[0]
         n_bytes = first.qkv.nbytes + first.output.nbytes + first.gate_up.nbytes + first.down.nbytes
-        enough = max(-(-4 * IN_NO_CACHE // n_bytes), 4)  # of which few are first or last
-        self._narrow(tokens, tokens, cache, layers[:enough], lambda *_: None)
+        return layers[: max(-(-4 * IN_NO_CACHE // n_bytes), 4)]  # of which few are first or last
 
     def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
         """squares: where hidden is not normed, but its product with the norm's weight."""
