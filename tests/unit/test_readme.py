@@ -65,7 +65,11 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     ),
     (r"neither target nor drafter ([\d.]+) to ([\d.]+) µs", lambda: span(STEPS, "rest_microseconds", part="step")),
     (r"first token comes ([\d.]+) s after", lambda: [the(START, "first_token_seconds", caches="cold")]),
-    (r"compiled, ([\d.]+) s later on", lambda: span(START, "first_token_seconds", caches="warm")[1:]),
+    (
+        r"compiled, with EAGLE-3 ([\d.]+) s,",
+        lambda: [the(START, "first_token_seconds", drafters="suffix,eagle3", caches="cold")],
+    ),
+    (r"and ([\d.]+) s later on", lambda: span(START, "first_token_seconds", caches="warm")[1:]),
     (
         r"At temperature 0.7 `eagle3:4` yields ([\d.]+) to ([\d.]+) times plain",
         lambda: span("heads-8b-t07-h200.json", "speedup_vs_plain", method="eagle3:4"),
