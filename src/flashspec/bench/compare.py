@@ -37,22 +37,27 @@ class Change:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """missing: rows, and figures of rows, that the new file lacks. same_hardware: whether absolute figures were
-    compared, too."""
+    compared, too. commits: of the old and the new file, '?' where one does not say."""
 
     changes: list[Change]
     missing: list[str]
     same_hardware: bool
+    commits: tuple[str, str]
 
     @property
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.fell]
 
+    @property
+    def heading(self) -> str:
+        place = "the same hardware" if self.same_hardware else "different hardware, ratios within each run only"
+        return f"{len(self.changes)} figures, {' to '.join(self.commits)}, {place}"
+
     def table(self, everything: bool = True) -> Table:
         """Of all figures, or of those that fell."""
-        place = "the same hardware" if self.same_hardware else "different hardware, ratios within each run only"
         missing = f"not in the new file: {', '.join(self.missing)}" if self.missing else None
         shown = self.changes if everything else self.regressions
-        found = Table(title=f"{len(self.changes)} figures, {place}", caption=missing, box=SIMPLE_HEAD)
+        found = Table(title=self.heading, caption=missing, box=SIMPLE_HEAD)
         for heading in ("row", "figure", "old", "new", "new / old, of times old / new"):
             found.add_column(heading, justify="left" if heading in ("row", "figure") else "right")
         for change in shown:
@@ -64,13 +69,13 @@ class Comparison:
 
 def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
     """tolerance: how far a figure may fall; shares of the same text may not. FlashSpecError where the files are no
-    results, of different benchmarks, settings or prompts, or have no row in common."""
+    results, of different benchmarks, settings or prompts, have two rows of one name, or no row in common."""
     before, after = _read(old), _read(new)
     kind = kind_of(before)
     if kind != kind_of(after):
         raise FlashSpecError(f"{old} holds {kind} and {new} holds {kind_of(after)}: compare results of one benchmark")
     names = [column.key for column in COLUMNS[kind] if column.role == NAME]
-    old_rows, new_rows = _by_name(before, names), _by_name(after, names)
+    old_rows, new_rows = _by_name(old, before, names), _by_name(new, after, names)
     common = [key for key in old_rows if key in new_rows]
     differences = [_difference(name, *(result.get("settings", {}) for result in (before, after))) for name in SETTINGS]
     differences += [_difference("n", old_rows[key], new_rows[key]) for key in common]
@@ -95,7 +100,8 @@ def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
         for key, figure in compared
         if old_rows[key].get(figure.key) is not None and new_rows[key].get(figure.key) is None
     ]
-    return Comparison(changes, missing, same)
+    commits = before["provenance"].get("commit") or "?", after["provenance"].get("commit") or "?"
+    return Comparison(changes, missing, same, commits)
 
 
 def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -123,9 +129,15 @@ def _read(path: Path) -> Result:
     return result
 
 
-def _by_name(result: Result, names: list[str]) -> dict[Key, dict[str, Any]]:
+def _by_name(path: Path, result: Result, names: list[str]) -> dict[Key, dict[str, Any]]:
     """batch_size is 1 in files of before it was written."""
-    return {tuple(row.get(name, 1 if name == "batch_size" else None) for name in names): row for row in result["rows"]}
+    found: dict[Key, dict[str, Any]] = {}
+    for row in result["rows"]:
+        key = tuple(row.get(name, 1 if name == "batch_size" else None) for name in names)
+        if key in found:
+            raise FlashSpecError(f"{path} has two rows {_label(key)!r}: rows are told apart by {', '.join(names)}")
+        found[key] = row
+    return found
 
 
 def _same_hardware(old: Result, new: Result) -> bool:

@@ -82,8 +82,10 @@ COLUMNS = {
         Column("mbu", "MBU", "{:.2f}", "ratio"),
     ),
     "start": (
+        _name("command"),
         _name("drafters"),
         _name("caches"),
+        Column("seconds", "s", "{:.2f}", "time"),
         Column("first_token_seconds", "first token s", "{:.1f}", "time"),
         Column("answer_seconds", "answer s", "{:.1f}", "time"),
         Column("memory_beyond_gb", "GB beyond", "{:.2f}", "time"),
@@ -168,8 +170,10 @@ def markdown(result: Result) -> str:
             f"temperature {settings['temperature']:g}"
         )
     source = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    day, commit = result["provenance"]["date"][:10], result["provenance"].get("commit")
+    when = f"{day}, commit {commit[:7]}" if commit else day
     lines = _by_method(result) if kind == "endtoend" else _plain_markdown(result)
-    return "\n".join([*lines, "", f"{what}; {place}; {source}; {result['provenance']['date'][:10]}."])
+    return "\n".join([*lines, "", f"{what}; {place}; {source}; {when}."])
 
 
 def _plain_markdown(result: Result) -> list[str]:

@@ -169,7 +169,8 @@ def compare(old: Path, new: Path, tolerance: float, everything: bool) -> None:
     from flashspec.core import FlashSpecError
 
     found = compare_files(old, new, tolerance)
-    Console().print(found.table(everything))
+    table = found.table(everything)
+    Console().print(table if table.row_count else f"{found.heading}: none fell", highlight=False)
     if found.regressions:
         count, total = len(found.regressions), len(found.changes)
         raise FlashSpecError(

@@ -81,3 +81,4 @@ def test_compare_ends_with_status_1_where_something_fell(tmp_path: Path, capsys:
         err == "flashspec: 1 of 1 figures fell, by more than 5% or, of the same text, at all\n" and "0.900 fell" in out
     )
     assert run(["bench", "compare", *paths, "--tolerance", "0.2"]) == 0
+    assert capsys.readouterr().out == "1 figures, ? to ?, the same hardware: none fell\n"

@@ -9,7 +9,7 @@ import pytest
 from flashspec.bench.compare import SETTINGS, compare
 from flashspec.core import FlashSpecError
 
-HERE = {"hardware": {"gpu": "A", "driver": "1"}}
+HERE = {"hardware": {"gpu": "A", "driver": "1"}, "commit": "1a2b3c4"}
 OTHER = {"hardware": {"gpu": "B", "driver": "1"}}
 
 
@@ -36,6 +36,7 @@ def test_falls_beyond_the_tolerance_are_listed(tmp_path: Path) -> None:
     )
     assert compare(new, old).missing == []
     assert not compare(old, new, 0.2).regressions
+    assert compare(old, new, 0.2).heading == "3 figures, 1a2b3c4 to 1a2b3c4, the same hardware"
 
 
 def test_times_that_grow_are_falls(tmp_path: Path) -> None:
@@ -48,7 +49,8 @@ def test_times_that_grow_are_falls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, name, figure", [("gaps", "arms", "idle_microseconds"), ("start", "caches", "memory_beyond_gb")]
+    "kind, name, figure",
+    [("gaps", "arms", "idle_microseconds"), ("start", "caches", "memory_beyond_gb"), ("start", "command", "seconds")],
 )
 def test_gaps_and_starts_may_grow_worse_too(tmp_path: Path, kind: str, name: str, figure: str) -> None:
     rows = [{name: "a", figure: 10.0}, {name: "b", figure: 10.0}]
@@ -68,8 +70,9 @@ def test_figures_that_vanished_are_missing(tmp_path: Path) -> None:
 def test_on_other_hardware_only_ratios_count(tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", [endtoend("auto", 200.0, 2.0)])
     new = write(tmp_path / "new.json", [endtoend("auto", 20.0, 1.5)], OTHER)
-    (change,) = compare(old, new).changes
-    assert (change.figure, change.ratio) == ("vs plain", 0.75)
+    found = compare(old, new)
+    (change,) = found.changes
+    assert (change.figure, change.ratio, found.commits) == ("vs plain", 0.75, ("1a2b3c4", "?"))
 
 
 def texts(method: str, plain: float, float32: float, length: float) -> dict[str, Any]:
@@ -121,6 +124,11 @@ def test_figures_over_other_prompts_are_not_compared(tmp_path: Path) -> None:
     "rows, more, sentence",
     [
         ([endtoend("other", 1.0)], {}, "have no row in common: rows are told apart by prompts, method, batch_size"),
+        (
+            [endtoend("auto", 1.0)] * 2,
+            {},
+            r"new\.json has two rows 'set auto 1': rows are told apart by prompts, method",
+        ),
         ([{"kernel": "x"}], {}, "holds endtoend and .* holds kernels: compare results of one benchmark"),
         ([], {"kind": "dance"}, "holds 'dance', this version knows endtoend"),
         (
