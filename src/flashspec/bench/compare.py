@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from flashspec.bench.report import COLUMNS, NAME, Column, Result, kind_of
+from flashspec.bench.report import COLUMNS, NAME, Column, Result, commit_of, kind_of
 from flashspec.core import FlashSpecError
 from flashspec.models.checkpoint import read_json
 
@@ -100,8 +100,7 @@ def compare(old: Path, new: Path, tolerance: float = 0.05) -> Comparison:
         for key, figure in compared
         if old_rows[key].get(figure.key) is not None and new_rows[key].get(figure.key) is None
     ]
-    commits = before["provenance"].get("commit") or "?", after["provenance"].get("commit") or "?"
-    return Comparison(changes, missing, same, commits)
+    return Comparison(changes, missing, same, (commit_of(before) or "?", commit_of(after) or "?"))
 
 
 def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -105,6 +105,11 @@ def kind_of(result: Result) -> str:
     return known
 
 
+def commit_of(result: Result) -> str:
+    """Seven digits; '' in files that do not say."""
+    return (result["provenance"].get("commit") or "")[:7]
+
+
 def write(result: Result, path: Path) -> None:
     """JSON at `path`; beside it the rows as CSV, and a plot where matplotlib is installed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +175,8 @@ def markdown(result: Result) -> str:
             f"temperature {settings['temperature']:g}"
         )
     source = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    day, commit = result["provenance"]["date"][:10], result["provenance"].get("commit")
-    when = f"{day}, commit {commit[:7]}" if commit else day
+    day, commit = result["provenance"]["date"][:10], commit_of(result)
+    when = f"{day}, commit {commit}" if commit else day
     lines = _by_method(result) if kind == "endtoend" else _plain_markdown(result)
     return "\n".join([*lines, "", f"{what}; {place}; {source}; {when}."])
 

@@ -9,7 +9,7 @@ import pytest
 from flashspec.bench.compare import SETTINGS, compare
 from flashspec.core import FlashSpecError
 
-HERE = {"hardware": {"gpu": "A", "driver": "1"}, "commit": "1a2b3c4"}
+HERE = {"hardware": {"gpu": "A", "driver": "1"}, "commit": "1a2b3c4d5e6f"}
 OTHER = {"hardware": {"gpu": "B", "driver": "1"}}
 
 
