@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +102,30 @@ def test_what_is_not_kept_decides_nothing_later(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tiling, "_passing", set())
     tiling.choose([A], never)
     assert cuts(A) == [among]
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once: each waits for the others, and sees its own cut alone."""
+    compiled, all_here = list[tuple[tiling.Tiling, ...]](), threading.Barrier(2 * len(tiling.CANDIDATES) - 2)
+    modes, measured = set[bool](), list[object]()
+    monkeypatch.setattr(tiling, "captured", lambda run: measured.append(run) or run())
+    monkeypatch.setattr(tiling, "ThreadPoolExecutor", partial(ThreadPoolExecutor, all_here.parties))
+
+    def run() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            all_here.wait(20)
+            assert not measured
+            compiled.append(tuple(cuts(A, B)))
+            modes.add(torch.is_inference_mode_enabled())
+        return 1.0
+
+    first = tiling._candidates(*A)[0], tiling._candidates(*B)[0]
+    with torch.inference_mode():
+        tiling.choose([A, B], run)
+    others = [tiling._candidates(*product)[1:] for product in (A, B)]
+    assert set(compiled) == {(cut, first[1]) for cut in others[0]} | {(first[0], cut) for cut in others[1]}
+    assert modes == {True}
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -7,7 +7,9 @@ import functools
 import json
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -55,11 +57,13 @@ IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 _passing: set[str] = set()  # of these, measured by a benchmark and for no other use
 _choosing = threading.RLock()  # a cut that is being tried is no other chooser's
+_tried: ContextVar[tuple[str, Tiling] | None] = ContextVar("_tried", default=None)  # in this thread, besides
 
 
 def tiling_of(weight: Tensor, gated: bool = False, tokens: int = 1) -> Tiling:
     """What `choose` measured for this shape, where it is for so many tokens, else a good guess."""
-    found = _chosen.get(_name(weight, gated))
+    name, tried = _name(weight, gated), _tried.get()
+    found = tried[1] if tried and tried[0] == name else _chosen.get(name)
     return found if found and (found != DIRECT or tokens <= SAME_BITS) else guess(weight, gated)
 
 
@@ -89,6 +93,9 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], k
         unknown = [(name, _candidates(*product)) for name, product in named.items() if not _known(name, keep)]
         try:
             _chosen.update((name, cuts[0]) for name, cuts in unknown)
+            if unknown:
+                run()
+                _compile([(name, cut) for name, cuts in unknown for cut in cuts[1:]], run, products[0][0].device)
             for name, cuts in unknown * 2:
                 _chosen[name] = _fastest(name, cuts, run)
         except BaseException:
@@ -118,13 +125,28 @@ def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
     return likeliest, *(cut for cut in others if cut != likeliest)
 
 
+def _compile(cuts: Iterable[tuple[str, Tiling]], run: Callable[[], object], device: torch.device) -> None:
+    """What each cut needs, many at a time: most of a compilation is done outside of Python."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    inference = torch.is_inference_mode_enabled()
+
+    def compile_one(cut: tuple[str, Tiling]) -> None:
+        _tried.set(cut)
+        with torch.inference_mode(inference), torch.cuda.stream(stream):
+            run()
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(compile_one, cuts):
+            pass
+
+
 def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:
     """In CUDA graphs, since small products launched one by one take as long as their launches; in turns, as the GPU's
     clock rises."""
     graphs = []
     for cut in cuts:
         _chosen[name] = cut
-        run()  # compiles
+        run()  # compiles what depends on other products' cuts
         graphs.append(captured(run))
     times = [[_milliseconds(graph) for graph in graphs] for _ in range(12)]
     medians = [statistics.median(each[4:]) for each in zip(*times, strict=True)]
