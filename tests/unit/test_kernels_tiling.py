@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,13 @@ def test_what_is_not_kept_decides_nothing_later(monkeypatch: pytest.MonkeyPatch)
 def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once: each waits for the others, and sees its own cut alone."""
     compiled, all_here = list[tuple[tiling.Tiling, ...]](), threading.Barrier(2 * len(tiling.CANDIDATES) - 2)
-    modes, measured = set[bool](), list[object]()
-    monkeypatch.setattr(tiling, "captured", lambda run: measured.append(run) or run())
+    modes, measured = set[bool](), list[Callable[[], float]]()
+
+    def captured(run: Callable[[], float]) -> float:
+        measured.append(run)
+        return run()
+
+    monkeypatch.setattr(tiling, "captured", captured)
     monkeypatch.setattr(tiling, "ThreadPoolExecutor", partial(ThreadPoolExecutor, all_here.parties))
 
     def run() -> float:
