@@ -13,6 +13,8 @@ from flashspec.engine.graphs import Capture
 from flashspec.models.base import LanguageModel
 from flashspec.models.reader import Reader
 
+TEXT, SLOTS = 64, 1024  # tokens of the text, of which fewer are read; as the smallest workspace has, or kernels differ
+
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
@@ -53,14 +55,14 @@ def measure_costs(
 ) -> CostTable:
     """Time forwards over scratch text, captured where there is a capture. The first take of each width is a warm-up;
     of the others the quickest counts, since a neighbour only slows."""
-    reader = Reader(model, rows, min(64, model.max_context))
+    reader = Reader(model, rows, min(max(SLOTS // rows, TEXT), model.max_context))
     seconds = {}
     for width in widths:
         token_ids = torch.zeros(rows, width, dtype=torch.int64, device=model.device)
         positions = torch.arange(width, device=model.device).repeat(rows, 1)
 
         def forward(token_ids: Tensor = token_ids, positions: Tensor = positions) -> None:
-            model.logits(reader.read(token_ids, positions, reader.cache.capacity))
+            model.logits(reader.read(token_ids, positions, TEXT))
 
         times: list[float] = []
         work: Callable[[], None] = forward

@@ -35,6 +35,22 @@ def test_the_quickest_take_counts() -> None:
     assert measure_costs(model, widths=(1, 2), clock=lambda: next(ticks)).seconds == {1: 1, 2: 5}
 
 
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 1024), (2, 512), (32, 64)])
+def test_the_cache_is_a_small_workspaces_and_the_text_is_short(
+    rows: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernels depend on the capacity: another would be compiled for nothing."""
+    model, seen = MarkovModel.random(4, seed=1, max_context=4096), set[tuple[int, int]]()
+
+    def forward(token_ids, positions, cache, bound, num_layers=None, features=None):  # type: ignore[no-untyped-def]
+        seen.add((cache.capacity, bound))
+        return MarkovModel.forward(model, token_ids, positions, cache, bound, num_layers)
+
+    monkeypatch.setattr(model, "forward", forward)
+    measure_costs(model, rows)
+    assert seen == {(capacity, 64)}
+
+
 def test_a_slope_that_noise_turned_negative_is_a_small_cost() -> None:
     assert CostTable({1: 1.0, 5: 0.9}).token_cost == 1e-3
 
