@@ -108,7 +108,7 @@ def test_what_is_not_kept_decides_nothing_later(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("clockwork")
 def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once: each waits for the others, and sees its own cut alone."""
-    compiled, all_here = list[tuple[tiling.Tiling, ...]](), threading.Barrier(2 * len(tiling.CANDIDATES) - 2)
+    compiled, all_here = list[tuple[tiling.Tiling, ...]](), threading.Barrier(2 * len(tiling.CANDIDATES) - 1)
     modes, measured = set[bool](), list[Callable[[], float]]()
 
     def captured(run: Callable[[], float]) -> float:
@@ -128,9 +128,9 @@ def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(mon
 
     first = tiling._candidates(*A)[0], tiling._candidates(*B)[0]
     with torch.inference_mode():
-        tiling.choose([A, B], run)
+        tiling.choose([A, B], run, later=[run])
     others = [tiling._candidates(*product)[1:] for product in (A, B)]
-    assert set(compiled) == {(cut, first[1]) for cut in others[0]} | {(first[0], cut) for cut in others[1]}
+    assert set(compiled) == {first, *((cut, first[1]) for cut in others[0]), *((first[0], cut) for cut in others[1])}
     assert modes == {True}
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from torch import Tensor
 from flashspec.cache import cache_dir
 from flashspec.kernels.capture import captured
 from flashspec.kernels.decoding import SAME_BITS
+
+Work = Callable[[], object]
 
 
 class Tiling(NamedTuple):
@@ -81,11 +83,12 @@ def guess(weight: Tensor, gated: bool = False) -> Tiling:
     return CANDIDATES[2] if outputs > 2048 else CANDIDATES[4]
 
 
-def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], keep: bool = True) -> None:
+def choose(products: Sequence[tuple[Tensor, bool]], run: Work, keep: bool = True, later: Sequence[Work] = ()) -> None:
     """Remember with which cuts of products, each a weight and whether it is gated, `run` is fastest. It multiplies by
     weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
     16 % of an 8B step. Each is measured twice, as the best cut depends on the others', which at first are the
-    likeliest. keep: for every later use, else measured anew and for this process until it is chosen otherwise."""
+    likeliest. keep: for every later use, else measured anew and for this process until it is chosen otherwise. later:
+    what else will run, to be compiled meanwhile."""
     with _choosing:
         if not _chosen:
             _chosen.update(_stored())
@@ -95,7 +98,8 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], k
             _chosen.update((name, cuts[0]) for name, cuts in unknown)
             if unknown:
                 run()
-                _compile([(name, cut) for name, cuts in unknown for cut in cuts[1:]], run, products[0][0].device)
+                tries = [((name, cut), run) for name, (_, *others) in unknown for cut in others]
+                _compile([*((None, work) for work in later), *tries], products[0][0].device)
             for name, cuts in unknown * 2:
                 _chosen[name] = _fastest(name, cuts, run)
         except BaseException:
@@ -125,22 +129,22 @@ def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
     return likeliest, *(cut for cut in others if cut != likeliest)
 
 
-def _compile(cuts: Iterable[tuple[str, Tiling]], run: Callable[[], object], device: torch.device) -> None:
-    """What each cut needs, many at a time: most of a compilation is done outside of Python."""
+def _compile(tries: Sequence[tuple[tuple[str, Tiling] | None, Work]], device: torch.device) -> None:
+    """What works need, each with another cut of a product, many at a time: most of a compilation is not Python's."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     inference = torch.is_inference_mode_enabled()
 
-    def compile_one(cut: tuple[str, Tiling]) -> None:
+    def compile_one(cut: tuple[str, Tiling] | None, work: Work) -> None:
         _tried.set(cut)
         with torch.inference_mode(inference), torch.cuda.stream(stream):
-            run()
+            work()
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(compile_one, cuts):
+        for _ in pool.map(compile_one, *zip(*tries, strict=True)):
             pass
 
 
-def _fastest(name: str, cuts: Sequence[Tiling], run: Callable[[], object]) -> Tiling:
+def _fastest(name: str, cuts: Sequence[Tiling], run: Work) -> Tiling:
     """In CUDA graphs, since small products launched one by one take as long as their launches; in turns, as the GPU's
     clock rises."""
     graphs = []

@@ -6,6 +6,7 @@ The grids depend on the cache's capacity, never on lengths, which are read on th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
 ROUNDED = 32 << 20  # bytes
+LATER = 256, 128, 16, 3  # tokens: a prompt's chunks, and a step of two draft tokens, whose attention is compiled ahead
 REHEARSED_SLOTS = 1024  # what attention leaves behind in the caches depends on them
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
 
@@ -90,7 +92,10 @@ class FewTokens:
         shape = (len(self._rehearsed()), 1, c.num_kv_heads, REHEARSED_SLOTS, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
         slots = torch.arange(REHEARSED_SLOTS, device=embedding.device)[None]
-        texts = [slots[:, -tokens:].clone() for tokens in MEASURED]  # aligned, as those that it serves
+        texts, later = (
+            [slots[:, -tokens:].clone() for tokens in sizes]  # aligned, as those that it serves
+            for sizes in (MEASURED, LATER)
+        )
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
 
@@ -99,7 +104,7 @@ class FewTokens:
                 self._rehearse(text, cache)
 
         try:
-            choose(products, run)
+            choose(products, run, later=[partial(self._rehearse, text, cache) for text in later])
             self._score.tune()
         except BaseException:
             self._tuned = False
@@ -134,7 +139,8 @@ class FewTokens:
 
     def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
         """tokens: (1, Q), each its own position."""
-        self._narrow(tokens, tokens, cache, self._rehearsed(), lambda *_: None)
+        run = self._narrow if tokens.numel() <= MOST_TOKENS else self._wide
+        run(tokens, tokens, cache, self._rehearsed(), lambda *_: None)
 
     def _rehearsed(self) -> tuple[LayerWeights, ...]:
         """As many layers as do not stay in L2."""

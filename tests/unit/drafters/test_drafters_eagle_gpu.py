@@ -171,7 +171,7 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
         multiplied.append(weight.data_ptr())
         launch_kernel(x, weight, *rest, **options)
 
-    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], keep: bool = True) -> None:
+    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], *_: object, **options: Any) -> None:
         found = {(weight.data_ptr(), gated) for weight, gated in products}
         if not found <= measured:
             measured.update(found)
