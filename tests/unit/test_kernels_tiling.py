@@ -6,7 +6,6 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,7 +115,7 @@ def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(mon
         return run()
 
     monkeypatch.setattr(tiling, "captured", captured)
-    monkeypatch.setattr(tiling, "ThreadPoolExecutor", partial(ThreadPoolExecutor, all_here.parties))
+    monkeypatch.setattr(tiling, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(all_here.parties))
 
     def run() -> float:
         if threading.current_thread() is not threading.main_thread():
@@ -132,6 +131,34 @@ def test_every_cut_is_compiled_in_a_thread_of_its_own_before_any_is_measured(mon
     others = [tiling._candidates(*product)[1:] for product in (A, B)]
     assert set(compiled) == {first, *((cut, first[1]) for cut in others[0]), *((first[0], cut) for cut in others[1])}
     assert modes == {True}
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_what_chooses_inside_does_so_when_it_first_runs_and_never_in_a_thread() -> None:
+    """A thread would wait for ever for the one that waits for it."""
+    again = list[bool]()
+
+    def run() -> float:
+        if threading.current_thread() is threading.main_thread() and not again:
+            again.append(True)
+            tiling.choose([B], lambda: 1.0)
+        return 1.0
+
+    tiling.choose([A], run)
+    assert again and len(tiling._chosen) == 2
+
+    def always() -> float:
+        tiling.choose([(weight(96), False)], lambda: 1.0)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="a thread that compiles cannot choose"):
+        tiling.choose([(weight(112), False)], always)
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_what_is_compiled_for_later_may_fail() -> None:
+    tiling.choose([A], lambda: 1.0, later=[never])
+    assert cuts(A)[0] in tiling.CANDIDATES
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from flashspec.engine.graphs import Capture
-from flashspec.models.base import LanguageModel
+from flashspec.models.base import LEAST_SLOTS, LanguageModel
 from flashspec.models.reader import Reader
 
-TEXT, SLOTS = 64, 1024  # tokens of the text, of which fewer are read; as the smallest workspace has, or kernels differ
+TEXT = 64  # tokens, of which fewer are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,9 @@ def measure_costs(
     capture: Capture | None = None,
 ) -> CostTable:
     """Time forwards over scratch text, captured where there is a capture. The first take of each width is a warm-up;
-    of the others the quickest counts, since a neighbour only slows."""
-    reader = Reader(model, rows, min(max(SLOTS // rows, TEXT), model.max_context))
+    of the others the quickest counts, since a neighbour only slows. A single row has as many slots as in use, and so
+    the same kernels; more rows share them."""
+    reader = Reader(model, rows, min(max(LEAST_SLOTS // rows, TEXT), model.max_context))
     seconds = {}
     for width in widths:
         token_ids = torch.zeros(rows, width, dtype=torch.int64, device=model.device)

@@ -17,7 +17,7 @@ from flashspec.engine.outcome import Outcome
 from flashspec.engine.prefix import PrefixCache
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import step, verify
-from flashspec.models.base import LanguageModel
+from flashspec.models.base import LEAST_SLOTS, LanguageModel
 from flashspec.sampling.sampler import Sampler
 
 # Columns of a draft that the host wrote, rounded up, so that few graphs are needed: forwards of 4, 8, 16 ... tokens.
@@ -230,7 +230,7 @@ class Workspaces:
         """A workspace with room for as much."""
         size = (
             power_of_two(rows),
-            min(power_of_two(max(capacity, 1024)), self.model.max_context),
+            min(power_of_two(max(capacity, LEAST_SLOTS)), self.model.max_context),
             4 * max(1, -(-num_stops // 4)),
         )
         found = self._kept.pop(size, None)

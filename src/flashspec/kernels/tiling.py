@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import statistics
 import threading
 from collections.abc import Callable, Sequence
@@ -59,7 +60,9 @@ IN_NO_CACHE = 128 << 20  # bytes that do not fit in any L2
 _chosen: dict[str, Tiling] = {}
 _passing: set[str] = set()  # of these, measured by a benchmark and for no other use
 _choosing = threading.RLock()  # a cut that is being tried is no other chooser's
-_tried: ContextVar[tuple[str, Tiling] | None] = ContextVar("_tried", default=None)  # in this thread, besides
+_tried: ContextVar[tuple[str, Tiling] | None] = ContextVar("_tried", default=None)  # this thread's, before `_chosen`
+_compiling = ContextVar("_compiling", default=False)  # in this thread, while another holds `_choosing`
+MOST_THREADS = 16  # of compilation, each with a process of ptxas now and then
 
 
 def tiling_of(weight: Tensor, gated: bool = False, tokens: int = 1) -> Tiling:
@@ -88,7 +91,9 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Work, keep: bool = True
     weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
     16 % of an 8B step. Each is measured twice, as the best cut depends on the others', which at first are the
     likeliest. keep: for every later use, else measured anew and for this process until it is chosen otherwise. later:
-    what else will run, to be compiled meanwhile."""
+    what else will run, to be compiled meanwhile. RuntimeError: `run` chooses too, but not when it runs first."""
+    if _compiling.get():
+        raise RuntimeError("a thread that compiles cannot choose: it would wait for the one that waits for it")
     with _choosing:
         if not _chosen:
             _chosen.update(_stored())
@@ -97,9 +102,9 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Work, keep: bool = True
         try:
             _chosen.update((name, cuts[0]) for name, cuts in unknown)
             if unknown:
-                run()
-                tries = [((name, cut), run) for name, (_, *others) in unknown for cut in others]
-                _compile([*((None, work) for work in later), *tries], products[0][0].device)
+                run()  # what is chosen inside it is chosen now, and what surrounds the products is compiled once
+                tries = [(name, cut) for name, (_, *others) in unknown for cut in others]
+                _compile(tries, run, later, products[0][0].device)
             for name, cuts in unknown * 2:
                 _chosen[name] = _fastest(name, cuts, run)
         except BaseException:
@@ -129,19 +134,23 @@ def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
     return likeliest, *(cut for cut in others if cut != likeliest)
 
 
-def _compile(tries: Sequence[tuple[tuple[str, Tiling] | None, Work]], device: torch.device) -> None:
-    """What works need, each with another cut of a product, many at a time: most of a compilation is not Python's."""
+def _compile(tries: Sequence[tuple[str, Tiling]], run: Work, later: Sequence[Work], device: torch.device) -> None:
+    """What `run` needs with each of these cuts of a product, and works that may fail: they will say so when they are
+    due. Many at a time, since most of a compilation is not Python's."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     inference = torch.is_inference_mode_enabled()
 
     def compile_one(cut: tuple[str, Tiling] | None, work: Work) -> None:
         _tried.set(cut)
+        _compiling.set(True)
         with torch.inference_mode(inference), torch.cuda.stream(stream):
             work()
 
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(compile_one, *zip(*tries, strict=True)):
-            pass
+    with ThreadPoolExecutor(min(MOST_THREADS, 4 + (os.cpu_count() or 1))) as pool:
+        for work in later:
+            pool.submit(compile_one, None, work)
+        for done in [pool.submit(compile_one, cut, run) for cut in tries]:
+            done.result()
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Work) -> Tiling:

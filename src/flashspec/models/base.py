@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+LEAST_SLOTS = 1024  # a row, of a workspace's caches: kernels depend on how many
 FIRST_ROWS = 64  # of an embedding, by which models are told apart
 CORNER = (16, 128)  # rows and columns of every other matrix, by which revisions are
 

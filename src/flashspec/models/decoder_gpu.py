@@ -5,8 +5,9 @@ The grids depend on the cache's capacity, never on lengths, which are read on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +17,13 @@ from torch import Tensor
 from flashspec.kernels import attention, elementwise, linear, recording
 from flashspec.kernels.decoding import MOST_QUERIES, MOST_ROWS_AND_QUERIES, MOST_TOKENS, InBytes, Weight, values_of
 from flashspec.kernels.tiling import IN_NO_CACHE, MEASURED, choose
-from flashspec.models.base import Features, KVCache
+from flashspec.models.base import LEAST_SLOTS, Features, KVCache
 
 if TYPE_CHECKING:
     from flashspec.models.decoder import DecoderConfig, DecoderWeights, LayerWeights
 
 ROUNDED = 32 << 20  # bytes
-LATER = 256, 128, 16, 3  # tokens: a prompt's chunks, and a step of two draft tokens, whose attention is compiled ahead
-REHEARSED_SLOTS = 1024  # what attention leaves behind in the caches depends on them
+LATER = (256, 128), (16, 3)  # tokens: a prompt's chunks, and a step of two drafts; those of a group share a thread
 Record = Callable[[int, Tensor], None]  # keeps the hidden states that enter a layer
 
 
@@ -89,22 +89,19 @@ class FewTokens:
             return
         self._tuned = True
         c, embedding = self._config, self._weights.embedding
-        shape = (len(self._rehearsed()), 1, c.num_kv_heads, REHEARSED_SLOTS, c.head_dim)
+        shape = (len(self._rehearsed()), 1, c.num_kv_heads, LEAST_SLOTS, c.head_dim)
         cache = KVCache(embedding.new_zeros(shape), embedding.new_zeros(shape))
-        slots = torch.arange(REHEARSED_SLOTS, device=embedding.device)[None]
-        texts, later = (
-            [slots[:, -tokens:].clone() for tokens in sizes]  # aligned, as those that it serves
-            for sizes in (MEASURED, LATER)
-        )
+        slots = torch.arange(LEAST_SLOTS, device=embedding.device)[None]
+        texts = {tokens: slots[:, -tokens:].clone() for tokens in chain(MEASURED, *LATER)}  # aligned, as in use
         output, gate_up, down = map(values_of, self._behind[0])
         products = [(values_of(self._qkv_weight()), False), (output, False), (gate_up, True), (down, False)]
 
-        def run() -> None:
-            for text in texts:
-                self._rehearse(text, cache)
+        def run(sizes: Sequence[int]) -> None:
+            for tokens in sizes:
+                self._rehearse(texts[tokens], cache)
 
         try:
-            choose(products, run, later=[partial(self._rehearse, text, cache) for text in later])
+            choose(products, partial(run, MEASURED), later=[partial(run, sizes) for sizes in LATER])
             self._score.tune()
         except BaseException:
             self._tuned = False

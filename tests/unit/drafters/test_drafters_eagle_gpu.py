@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu does this on a GPU", allow_module_level=True)
 
 from flashspec.drafters.eagle_gpu import FewTokensHead, fits
-from flashspec.kernels import elementwise, linear, recording, reference_decoder
+from flashspec.kernels import attention, elementwise, linear, recording, reference_decoder, tiling
 from flashspec.models import decoder_gpu
 
 HIDDEN, TARGET_HIDDEN, PARTS, SLOTS = 32, 48, 21, 80
@@ -164,22 +164,35 @@ def test_states_are_recorded_side_by_side_in_one_launch(rows: int, monkeypatch: 
 
 
 def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And forwards of other sizes are compiled for later."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    measured, multiplied = set[tuple[int, bool]](), list[int]()
+    measured, multiplied, attended = set[tuple[int, bool]](), list[int](), set[int]()
 
     def launch(x: Tensor, weight: Tensor, *rest: object, **options: Any) -> None:
         multiplied.append(weight.data_ptr())
         launch_kernel(x, weight, *rest, **options)
 
-    def choose(products: Sequence[tuple[Tensor, bool]], run: Callable[[], object], *_: object, **options: Any) -> None:
+    def choose(
+        products: Sequence[tuple[Tensor, bool]], run: tiling.Work, keep: bool = True, later: Sequence[tiling.Work] = ()
+    ) -> None:
         found = {(weight.data_ptr(), gated) for weight, gated in products}
         if not found <= measured:
             measured.update(found)
             multiplied.clear()
             run()
             assert {place for place, _ in found} <= set(multiplied)
+            assert not later or attended == set(tiling.MEASURED)
+            for work in later:
+                work()
+
+    def attend(qkv: Tensor, _: Tensor, positions: Tensor, keys: Tensor, *rest: object, asked: int = 0) -> Tensor:
+        attended.add(positions.shape[1])
+        return torch.zeros(
+            asked or len(qkv), qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]
+        )  # the kernel is slow here
 
     launch_kernel = linear._launch
+    monkeypatch.setattr(attention, "attend", attend)
     monkeypatch.setattr(linear, "_launch", launch)
     monkeypatch.setattr(linear, "IN_NO_CACHE", 0)
     for module in (linear, decoder_gpu):
@@ -191,11 +204,13 @@ def test_every_product_is_measured_and_no_other(monkeypatch: pytest.MonkeyPatch)
         (target, decoder.weights, []),
     ):
         measured.clear()
+        attended.clear()
         few_tokens.tune()
         few_tokens.tune()
         layer = weights.layers[0]
         used = [layer.qkv, layer.output, layer.gate_up, layer.down, weights.lm_head, *others]
         assert measured == {(weight.data_ptr(), weight is layer.gate_up) for weight in used}
+        assert attended == {1, 3, 5, 9, 16, 128, 256}
 
 
 TARGET = llama(VOCAB, num_hidden_layers=7, max_position_embeddings=96)
