@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import sub
 from statistics import median
@@ -72,20 +73,10 @@ class Bench:
     temperature: float
     forwards: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
-    def forward(
-        self, model: LanguageModel, name: str, batch_size: int, width: int, part: str, num_layers: int | None = None
-    ) -> Row:
-        """`width` tokens a row through all layers, or the first so many, and the LM head."""
-        cache = model.new_cache(batch_size, self.context)
-        token_ids = torch.zeros(batch_size, width, dtype=torch.int64, device=model.device)
-        places = torch.arange(self.context - width, self.context, device=model.device)
-        positions = places.expand(batch_size, -1).contiguous()
-
-        @torch.inference_mode()
-        def call(index: int) -> Any:
-            return model.logits(model.forward(token_ids, positions, cache, self.context, num_layers))
-
-        taken, spread = self.timer(call)
+    def forward(self, model: LanguageModel, name: str, batch_size: int, width: int, part: str) -> Row:
+        """`width` tokens a row through all layers and the LM head."""
+        call = self._forward(model, batch_size, width)
+        taken, spread = self.timer(lambda index: call())
         self.forwards[name, batch_size, width] = taken
         plain = self.forwards.get((name, batch_size, 1))
         return {
@@ -139,21 +130,33 @@ class Bench:
             "rest_microseconds": None if rest is None else round(rest, 3),
         }
 
+    def _forward(
+        self, model: LanguageModel, batch_size: int, width: int, num_layers: int | None = None
+    ) -> Callable[[], Tensor]:
+        cache = model.new_cache(batch_size, self.context)
+        token_ids = torch.zeros(batch_size, width, dtype=torch.int64, device=model.device)
+        places = torch.arange(self.context - width, self.context, device=model.device)
+        positions = places.expand(batch_size, -1).contiguous()
+
+        @torch.inference_mode()
+        def forward() -> Tensor:
+            return model.logits(model.forward(token_ids, positions, cache, self.context, num_layers))
+
+        return forward
+
     def _forwards(self, arm: Arm, drafter: Any, batch_size: int) -> float | None:
-        """Microseconds of a step's forwards, each alone; None where the target's was not measured. A draft model reads
-        two tokens first."""
-        taken = self.forwards.get((self.target.name, batch_size, arm.length + 1))
-        if taken is not None and arm.drafter == EarlyExitDrafter.name:
-            layers = EarlyExitDrafter.create(self.target.model).num_layers
-            self.forward(self.target.model, arm.drafter, batch_size, 1, "drafter", layers)
-            return taken + arm.length * self.forwards[arm.drafter, batch_size, 1]
-        if taken is None or not isinstance(drafter, ModelDrafter):
-            return taken
-        for width in (1, 2):
-            if (drafter.name, batch_size, width) not in self.forwards:
-                self.forward(drafter.model, drafter.name, batch_size, width, "drafter")
-        one, two = (self.forwards[drafter.name, batch_size, width] for width in (1, 2))
-        return taken + two + (arm.length - 1) * one
+        """Microseconds of a step's forwards, one behind the other: a small draft model alone would find weights in the
+        GPU's cache that the target's push out in a step. None where the target's was not measured."""
+        model, drafts = self.target.model, list[Callable[[], Tensor]]()
+        if arm.drafter == EarlyExitDrafter.name:
+            drafts = [self._forward(model, batch_size, 1, EarlyExitDrafter.create(model).num_layers)] * arm.length
+        elif isinstance(drafter, ModelDrafter):  # which reads two tokens first
+            first, later = (self._forward(drafter.model, batch_size, width) for width in (2, 1))
+            drafts = [first] + [later] * (arm.length - 1)
+        if not drafts:
+            return self.forwards.get((self.target.name, batch_size, arm.length + 1))
+        forwards = [*drafts, self._forward(model, batch_size, arm.length + 1)]
+        return self.timer(lambda index: [forward() for forward in forwards])[0]
 
     def draft(self, arm: Arm, drafter: Drafter, batch_size: int) -> Row:
         """What it takes to draft, all but catching up: one launch on a GPU."""

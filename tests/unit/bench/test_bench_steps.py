@@ -111,24 +111,13 @@ def test_mbu_is_bytes_over_time_over_bandwidth() -> None:
     assert (eager["microseconds"], graph["microseconds"]) == (40.0, 12.0)
 
 
-def test_a_draft_model_reads_two_tokens_first() -> None:
-    model = random_decoder(shape_config(TINY), torch.float32, CPU)
-    bench = Bench(
-        LoadedModel(model, None, (), "tiny"), "cpu", fixed_timer(10.0), fixed_timer(40.0), 1, 1e12, 32, 4, 0.0
-    )
-    arm, drafter = Arm("small", 4), ModelDrafter(model, "small")
-    assert bench._forwards(arm, drafter, 1) is None
-    bench.forwards = {("tiny", 1, 5): 100.0, ("small", 1, 1): 7.0}
-    assert bench._forwards(arm, None, 1) == 100.0
-    assert bench._forwards(arm, drafter, 1) == 100.0 + 10.0 + 3 * 7.0
-
-
-def test_an_early_exit_s_layers_are_forwards_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, layers = random_decoder(shape_config(TINY), torch.float32, CPU), []
-    forward = Decoder.forward
+def test_a_step_s_forwards_are_timed_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model reads two tokens first; an early exit's layers are forwards too."""
+    model, small = (random_decoder(shape_config(TINY), torch.float32, CPU) for _ in range(2))
+    forward, seen = Decoder.forward, list[tuple[Any, ...]]()
 
     def noted(self: Decoder, ids: Any, positions: Any, cache: Any, bound: int, num_layers: int | None = None) -> Any:
-        layers.append(num_layers)
+        seen.append((self, ids.shape[1], num_layers))
         return forward(self, ids, positions, cache, bound, num_layers)
 
     def timer(call: Any, before: Any = None) -> tuple[float, float]:
@@ -137,9 +126,15 @@ def test_an_early_exit_s_layers_are_forwards_too(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Decoder, "forward", noted)
     bench = Bench(LoadedModel(model, None, (), "tiny"), "cpu", timer, timer, 1, 1e12, 32, 4, 0.0)
+    assert bench._forwards(Arm("ngram", 4), None, 1) is None
     bench.forwards = {("tiny", 1, 5): 100.0}
-    assert bench._forwards(Arm("early-exit", 4), None, 1) == 100.0 + 4 * 10.0
-    assert layers == [EarlyExitDrafter.create(model).num_layers]
+    assert bench._forwards(Arm("ngram", 4), None, 1) == 100.0
+    assert not seen
+    assert bench._forwards(Arm("small", 4), ModelDrafter(small, "small"), 1) == 10.0
+    assert seen == [(small, 2, None), *[(small, 1, None)] * 3, (model, 5, None)]
+    seen.clear()
+    assert bench._forwards(Arm("early-exit", 4), None, 1) == 10.0
+    assert seen == [(model, 1, EarlyExitDrafter.create(model).num_layers)] * 4 + [(model, 5, None)]
 
 
 def test_a_twin_computes_the_same_without_memory_of_its_own() -> None:
