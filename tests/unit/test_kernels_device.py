@@ -85,16 +85,23 @@ def test_full_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.usable(GPU)
 
 
+class Kernel:
+    """As Triton returns it from a launch."""
+
+    def __init__(self, function: int) -> None:
+        self.function = function
+
+
 def test_the_driver_is_told_once_a_kernel_how_to_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int | None, int, int]] = []
     driver = SimpleNamespace(cuFuncSetAttribute=lambda function, *what: told.append((function.value, *what)))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     device._leave_l1.cache_clear()
-    for function in (7, 8, 7):
-        device.leave_l1(SimpleNamespace(function=function), GPU)
-    device.leave_l1(None, GPU)  # of Triton's interpreter
+    first, second, in_its_place = Kernel(7), Kernel(8), Kernel(7)
+    for kernel in (first, second, first, in_its_place, None):  # None: of Triton's interpreter
+        device.leave_l1(kernel, GPU)
     device._leave_l1.cache_clear()
-    assert told == [(7, 9, 25), (8, 9, 25)]
+    assert told == [(7, 9, 25), (8, 9, 25), (7, 9, 25)]
 
 
 def test_without_the_drivers_library_the_hint_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,11 +109,11 @@ def test_without_the_drivers_library_the_hint_is_left_out(monkeypatch: pytest.Mo
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    device.leave_l1(SimpleNamespace(function=9), GPU)
+    device.leave_l1(Kernel(9), GPU)
     device._leave_l1.cache_clear()
 
 
 def test_a_gpu_with_little_shared_memory_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "shared_memory", lambda device: 98 << 10)
-    monkeypatch.setattr(device, "_leave_l1", lambda function: pytest.fail("asked"))
-    device.leave_l1(SimpleNamespace(function=9), GPU)
+    monkeypatch.setattr(device, "_leave_l1", lambda kernel: pytest.fail("asked"))
+    device.leave_l1(Kernel(9), GPU)

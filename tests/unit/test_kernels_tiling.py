@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_what_chooses_inside_does_so_when_it_first_runs_and_never_in_a_thread() 
         if threading.current_thread() is threading.main_thread() and not again:
             again.append(True)
             tiling.choose([B], lambda: 1.0)
+        assert again  # before any thread runs
         return 1.0
 
     tiling.choose([A], run)
@@ -159,6 +161,24 @@ def test_what_chooses_inside_does_so_when_it_first_runs_and_never_in_a_thread() 
 def test_what_is_compiled_for_later_may_fail() -> None:
     tiling.choose([A], lambda: 1.0, later=[never])
     assert cuts(A)[0] in tiling.CANDIDATES
+
+
+@pytest.mark.usefixtures("clockwork")
+def test_where_a_compilation_fails_the_rest_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "MOST_THREADS", 1)
+    compiled = list[float]()
+
+    def run() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            compiled.append(1.0)
+            if len(compiled) == 1:
+                raise torch.OutOfMemoryError
+            time.sleep(0.2)
+        return 1.0
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tiling.choose([A, B], run)
+    assert len(compiled) < len(tiling._candidates(*A)) and not tiling._chosen
 
 
 @pytest.mark.usefixtures("clockwork")

@@ -146,7 +146,7 @@ class Bench:
 
     def _forwards(self, arm: Arm, drafter: Any, batch_size: int) -> float | None:
         """Microseconds of a step's forwards, one behind the other: a small draft model alone would find weights in the
-        GPU's cache that the target's push out in a step. None where the target's was not measured."""
+        GPU's cache that the target's push out in a step. None where none but the target's is, and was not measured."""
         model, drafts = self.target.model, list[Callable[[], Tensor]]()
         if arm.drafter == EarlyExitDrafter.name:
             drafts = [self._forward(model, batch_size, 1, EarlyExitDrafter.create(model).num_layers)] * arm.length

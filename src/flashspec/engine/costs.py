@@ -54,9 +54,9 @@ def measure_costs(
     capture: Capture | None = None,
 ) -> CostTable:
     """Time forwards over scratch text, captured where there is a capture. The first take of each width is a warm-up;
-    of the others the quickest counts, since a neighbour only slows. A single row has as many slots as in use, and so
-    the same kernels; more rows share them."""
-    reader = Reader(model, rows, min(max(LEAST_SLOTS // rows, TEXT), model.max_context))
+    of the others the quickest counts, since a neighbour only slows. A single row has as many slots as most texts, and
+    so their kernels; for more rows that would take memory."""
+    reader = Reader(model, rows, min(LEAST_SLOTS if rows == 1 else TEXT, model.max_context))
     seconds = {}
     for width in widths:
         token_ids = torch.zeros(rows, width, dtype=torch.int64, device=model.device)

@@ -73,13 +73,13 @@ def leave_l1(launched: Any, device: torch.device) -> None:
     cache, where loads under way need room. Not asked, it may keep what the kernel before had, such as a product that
     fills shared memory: five tokens of an 8B model take 3 % longer then, nine 5 %. Where a quarter is little, nothing
     is asked for."""
-    function = getattr(launched, "function", None)
-    if function is not None and shared_memory(device) > 200 << 10:
-        _leave_l1(function)
+    if getattr(launched, "function", None) is not None and shared_memory(device) > 200 << 10:
+        _leave_l1(launched)
 
 
 @functools.cache
-def _leave_l1(function: int) -> None:
+def _leave_l1(launched: Any) -> None:
+    """Once a kernel, which is kept: where one was unloaded the driver may put another, which would not be asked for."""
     with contextlib.suppress(OSError):  # it is a hint
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        driver.cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, SHARED_PERCENT)
+        driver.cuFuncSetAttribute(ctypes.c_void_p(launched.function), CARVEOUT, SHARED_PERCENT)

@@ -91,7 +91,7 @@ def choose(products: Sequence[tuple[Tensor, bool]], run: Work, keep: bool = True
     weights of their shapes among what surrounds them in use: how long neighbours wait depends on the cut too, by up to
     16 % of an 8B step. Each is measured twice, as the best cut depends on the others', which at first are the
     likeliest. keep: for every later use, else measured anew and for this process until it is chosen otherwise. later:
-    what else will run, to be compiled meanwhile. RuntimeError: `run` chooses too, but not when it runs first."""
+    what else will run, compiled meanwhile if it can be. RuntimeError: `run` still chooses when it runs again."""
     if _compiling.get():
         raise RuntimeError("a thread that compiles cannot choose: it would wait for the one that waits for it")
     with _choosing:
@@ -135,8 +135,8 @@ def _candidates(weight: Tensor, gated: bool) -> tuple[Tiling, ...]:
 
 
 def _compile(tries: Sequence[tuple[str, Tiling]], run: Work, later: Sequence[Work], device: torch.device) -> None:
-    """What `run` needs with each of these cuts of a product, and works that may fail: they will say so when they are
-    due. Many at a time, since most of a compilation is not Python's."""
+    """What `run` needs with each of these cuts of a product, and works that may fail. Many at a time, since most of a
+    compilation is not Python's."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     inference = torch.is_inference_mode_enabled()
 
@@ -146,11 +146,14 @@ def _compile(tries: Sequence[tuple[str, Tiling]], run: Work, later: Sequence[Wor
         with torch.inference_mode(inference), torch.cuda.stream(stream):
             work()
 
-    with ThreadPoolExecutor(min(MOST_THREADS, 4 + (os.cpu_count() or 1))) as pool:
+    pool = ThreadPoolExecutor(min(MOST_THREADS, 4 + (os.cpu_count() or 1)))
+    try:
         for work in later:
             pool.submit(compile_one, None, work)
         for done in [pool.submit(compile_one, cut, run) for cut in tries]:
             done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _fastest(name: str, cuts: Sequence[Tiling], run: Work) -> Tiling:
