@@ -467,6 +467,8 @@ def test_bench_refuses(invoke, options, sentence, monkeypatch):
 def test_bench_wants_a_shape_for_random_weights(invoke):
     status, _, err = invoke("bench", "steps", "--random")
     assert status == 2 and "--random needs --shape" in err and err.count("\n") == 1
+    status, _, err = invoke("bench", "steps", "--random", "--shape", "1b", "--target", "smollm2")
+    assert status == 2 and "--random weights are no --target's" in err and err.count("\n") == 1
 
 
 def test_bench_tries_to_write_before_it_measures(invoke, monkeypatch, tmp_path):

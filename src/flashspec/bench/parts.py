@@ -60,7 +60,7 @@ class Bench:
     """One run's target and how it is measured.
 
     timer captures on a GPU, clock never does; bandwidth in bytes a second; context: tokens in the cache; new_tokens:
-    the answer's length where whole steps are timed. forwards: microseconds by (model, batch size, width)."""
+    the answer's length where whole steps are timed. forwards: microseconds of the target's, by (batch size, width)."""
 
     target: LoadedModel
     device: str
@@ -71,18 +71,21 @@ class Bench:
     context: int
     new_tokens: int
     temperature: float
-    forwards: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    forwards: dict[tuple[int, int], float] = field(default_factory=dict)
 
-    def forward(self, model: LanguageModel, name: str, batch_size: int, width: int, part: str) -> Row:
-        """`width` tokens a row through all layers and the LM head."""
+    def forward(self, batch_size: int, width: int, drafter: ModelDrafter | None = None) -> Row:
+        """`width` tokens a row through all layers and the LM head of the target, or of a draft model; over the target's
+        forward of one token, where that was measured."""
+        model = self.target.model if drafter is None else drafter.model
         call = self._forward(model, batch_size, width)
         taken, spread = self.timer(lambda index: call())
-        self.forwards[name, batch_size, width] = taken
-        plain = self.forwards.get((name, batch_size, 1))
+        if drafter is None:
+            self.forwards[batch_size, width] = taken
+        plain = self.forwards.get((batch_size, 1))
         return {
-            "part": part,
+            "part": "forward" if drafter is None else "drafter",
             "method": "flashspec",
-            "arm": name if part == "drafter" else None,
+            "arm": None if drafter is None else drafter.name,
             "batch_size": batch_size,
             "width": width,
             **self._cost(model, taken, spread),
@@ -106,7 +109,8 @@ class Bench:
 
     def step(self, arm: Arm, drafter: Any, batch_size: int) -> Row:
         """A step as the engine runs it, the median over the second half of an answer to random tokens. The rest is what
-        it takes beyond its forwards, an early exit's among them: lookup, acceptance, commit, gaps.
+        it takes beyond its forwards, an early exit's among them: lookup, acceptance, commit, gaps; of a head all that
+        it does, which `draft` times.
 
         On a CPU forwards are timed where they are called, as they vary by more than the rest takes."""
         seconds, inside = self._step_seconds(arm, drafter, batch_size)
@@ -154,7 +158,7 @@ class Bench:
             first, later = (self._forward(drafter.model, batch_size, width) for width in (2, 1))
             drafts = [first] + [later] * (arm.length - 1)
         if not drafts:
-            return self.forwards.get((self.target.name, batch_size, arm.length + 1))
+            return self.forwards.get((batch_size, arm.length + 1))
         forwards = [*drafts, self._forward(model, batch_size, arm.length + 1)]
         return self.timer(lambda index: [forward() for forward in forwards])[0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from flashspec.bench import plots
@@ -76,6 +77,7 @@ COLUMNS = {
         _name("batch_size", "batch"),
         _name("width", "tokens"),
         Column("microseconds", "µs", "{:.0f}", "time"),
+        Column("spread", "spread", "{:.0f}", "note"),
         Column("forward_microseconds", "of it forwards", "{:.0f}", "note"),
         Column("rest_microseconds", "the rest", "{:.0f}", "note"),
         Column("over_plain", "over plain", "{:.2f}x", "note"),
@@ -145,11 +147,14 @@ def cells(result: Result) -> tuple[list[Column], list[list[str]]]:
 
 
 def table(result: Result) -> Table:
-    """Rows in the order they were measured; what is the same in all of them is said in the title."""
+    """Rows in the order they were measured; what is the same in all of them is said in the title, below them what
+    could not be measured."""
     columns, rows = cells(result)
     varying = [index for index in range(len(columns)) if len({row[index] for row in rows}) > 1 or len(rows) < 2]
     same = [f"{columns[index].heading} {rows[0][index]}" for index in range(len(columns)) if index not in varying]
+    missing = [f"left out: {reason}" for reason in result["settings"].get("left_out", ())]
     found = Table(title=", ".join([title(result), *same]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.caption = escape("\n".join(missing)) or None
     for column in (columns[index] for index in varying):
         whole = column.role != "note"
         found.add_column(_folded(column.heading), justify="left" if column.role == NAME else "right", no_wrap=whole)

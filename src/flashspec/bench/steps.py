@@ -16,7 +16,7 @@ from flashspec.bench.parts import Bench, Row
 from flashspec.bench.provenance import provenance
 from flashspec.bench.shapes import DRAFTER_SHAPES, find_shape, random_decoder, shape_config
 from flashspec.bench.timing import copy_bandwidth, make_timer
-from flashspec.config import default_device
+from flashspec.config import SamplingConfig, default_device
 from flashspec.core import Arm, FlashSpecError
 from flashspec.drafters import Drafter
 from flashspec.drafters.model import ModelDrafter
@@ -32,7 +32,8 @@ COPY_ELEMENTS = {"cuda": 2**28, "cpu": 2**26}
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is measured. drafter_sizes: random drafters of DRAFTER_SHAPES at 4 draft tokens, whose time is real, not
-    their acceptance. baselines: of BASELINES, at baseline_widths."""
+    their acceptance. baselines: of BASELINES, at baseline_widths. FlashSpecError or ValueError names what there
+    is not."""
 
     widths: Sequence[int] = (1, 2, 5, 9, 17)
     batch_sizes: Sequence[int] = (1,)
@@ -42,6 +43,7 @@ class Plan:
     baseline_widths: Sequence[int] = (1, 5)
 
     def __post_init__(self) -> None:
+        self.arms_of()
         for name, chosen, known in (
             ("drafter size", self.drafter_sizes, DRAFTER_SHAPES),
             ("baseline", self.baselines, BASELINES),
@@ -49,6 +51,14 @@ class Plan:
             for value in chosen:
                 if value not in known:
                     raise FlashSpecError(f"{name} {value!r} is unknown; there are {', '.join(known)}")
+
+    def arms_of(self) -> list[Arm]:
+        return [Arm.parse(name) for name in self.arms]
+
+    def all_widths(self) -> list[int]:
+        """A plain step's and those of the arms are among them."""
+        lengths = [arm.length for arm in self.arms_of()] + [DRAFTER_LENGTH] * bool(self.drafter_sizes)
+        return sorted({1, *self.widths, *(length + 1 for length in lengths)})
 
 
 DEFAULT = Plan()
@@ -76,12 +86,20 @@ def run(
     Forwards are timed inside CUDA graphs on a GPU, by the clock on a CPU; MBU is the weights' bytes over the time, as a
     share of the bandwidth that a copy reached in this run. drafters: models and heads that arms may name; what each of
     them takes to draft is measured by itself too. A baseline that transformers cannot run is left out, and
-    the settings say why."""
+    the settings say why. FlashSpecError or ValueError, before anything is measured, for what cannot be."""
     tell, device = progress or silent, device or default_device()
+    SamplingConfig(temperature=temperature)
+    if (widest := max(plan.all_widths())) > context:
+        raise FlashSpecError(f"{widest} tokens do not fit into a context of {context}")
     origin = provenance(device)
     tell("making the target", None)
     setup = _setup(target, drafters, shape, random, device, dtype)
     loaded = setup.loaded
+    for arm in plan.arms_of():
+        if arm.length:
+            setup.find(arm.drafter)
+    if context > loaded.model.max_context:
+        raise FlashSpecError(f"{loaded.name} takes {loaded.model.max_context} tokens, not a context of {context}")
     clock = make_timer("cpu", max(replays // 5, 1), calls)
     timer = make_timer(device, replays, calls) if device.startswith("cuda") else clock
     bandwidth = copy_bandwidth(device, timer, COPY_ELEMENTS[torch.device(device).type])
@@ -119,20 +137,16 @@ def _setup(
 
 
 def _ours(bench: Bench, setup: Setup, plan: Plan, tell: Progress) -> Iterator[Row]:
-    target, model = bench.target.name, bench.target.model
-    arms = [Arm.parse(name) for name in plan.arms]
-    widths = {1, *plan.widths, *(arm.length + 1 for arm in arms)}
-    if plan.drafter_sizes:
-        widths.add(DRAFTER_LENGTH + 1)
+    model = bench.target.model
     for batch_size in plan.batch_sizes:
-        for width in sorted(widths):
-            tell(f"forwards of {target}", None)
-            yield bench.forward(model, target, batch_size, width, "forward")
-        for arm in arms:
+        for width in plan.all_widths():
+            tell(f"forwards of {bench.target.name}", None)
+            yield bench.forward(batch_size, width)
+        for arm in plan.arms_of():
             tell(f"steps of {arm}", None)
             named = setup.drafter(arm.drafter) if arm.length else None
             if isinstance(named, ModelDrafter):
-                yield bench.forward(named.model, named.name, batch_size, 1, "drafter")
+                yield bench.forward(batch_size, 1, named)
             if isinstance(named, Drafter):
                 yield bench.draft(arm, named, batch_size)
             yield bench.step(arm, named, batch_size)
@@ -140,7 +154,7 @@ def _ours(bench: Bench, setup: Setup, plan: Plan, tell: Progress) -> Iterator[Ro
             tell(f"a drafter of {name}", None)
             config = shape_config(DRAFTER_SHAPES[name], model.vocab_size, model.max_context)
             drafter = ModelDrafter(random_decoder(config, model.dtype, model.device), name)
-            yield bench.forward(drafter.model, name, batch_size, 1, "drafter")
+            yield bench.forward(batch_size, 1, drafter)
             yield bench.step(Arm(name, DRAFTER_LENGTH), drafter, batch_size)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from flashspec.cli.options import model_options
 from flashspec.cli.terminal import Waiting
@@ -144,6 +145,9 @@ def steps(
     """What a step is made of: forwards by width, arms, drafters by size; times, and the share of the memory's speed."""
     if options["random"] and options["shape"] is None:
         raise click.UsageError("--random needs --shape, such as 8b")
+    given = click.get_current_context().get_parameter_source("target")
+    if options["random"] and given is not ParameterSource.DEFAULT:
+        raise click.UsageError("--random weights are no --target's: leave one of them out")
     from flashspec.bench.steps import Plan, run
 
     plan = Plan(widths, batch_sizes or [1], arms, drafter_sizes, baselines)

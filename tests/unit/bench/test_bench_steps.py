@@ -100,13 +100,17 @@ def test_mbu_is_bytes_over_time_over_bandwidth() -> None:
     bench = Bench(
         LoadedModel(model, None, (), "tiny"), "cpu", fixed_timer(10.0), fixed_timer(40.0), 1, 1e12, 32, 4, 0.0
     )
-    row = bench.forward(model, "tiny", 1, 1, "forward")
+    row = bench.forward(1, 1)
     attention, mlp, norms = 64 * 128 + 64 * 64, 3 * 64 * 96, 2 * 64
     size = 3 * (attention + mlp + norms) + (50 + 2) * 64  # LM head, an embedding row and the last norm
     assert row["bytes"] == 4 * size
     assert row["mbu"] == round(4 * size / 10e-6 / 1e12, 3)
     bench.timer = fixed_timer(12.0)
-    assert bench.forward(model, "tiny", 1, 5, "forward")["over_plain"] == 1.2
+    assert bench.forward(1, 5)["over_plain"] == 1.2
+    bench.timer = fixed_timer(3.0)
+    assert bench.forward(1, 1, ModelDrafter(model, "small"))["over_plain"] == 0.3
+    assert bench.forward(1, 1)["over_plain"] == 1.0
+    bench.timer = fixed_timer(12.0)
     eager, graph = (bench.baseline(f"transformers-{kind}", llama_twin(model), 1, 5) for kind in ("eager", "graph"))
     assert (eager["microseconds"], graph["microseconds"]) == (40.0, 12.0)
 
@@ -127,7 +131,7 @@ def test_a_step_s_forwards_are_timed_one_behind_the_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(Decoder, "forward", noted)
     bench = Bench(LoadedModel(model, None, (), "tiny"), "cpu", timer, timer, 1, 1e12, 32, 4, 0.0)
     assert bench._forwards(Arm("ngram", 4), None, 1) is None
-    bench.forwards = {("tiny", 1, 5): 100.0}
+    bench.forwards = {(1, 5): 100.0}
     assert bench._forwards(Arm("ngram", 4), None, 1) == 100.0
     assert not seen
     assert bench._forwards(Arm("small", 4), ModelDrafter(small, "small"), 1) == 10.0
@@ -165,6 +169,7 @@ def test_a_baseline_that_cannot_be_had_is_said_to_be_missing(small: None) -> Non
     plan = Plan([1], [1], [], baselines=["transformers-eager"], baseline_widths=[40])
     result = steps.run(shape="tiny", random=True, context=64, replays=1, calls=2, device="cpu", plan=plan)
     assert result["settings"]["left_out"] == ["transformers-eager: context is 64; 2 calls of 40 tokens do not fit"]
+    assert "left out: transformers-eager" in str(table(result).caption)
     assert [row["width"] for row in result["rows"]] == [1]
 
 
@@ -186,6 +191,28 @@ def test_unknown_parts_of_a_plan_are_named() -> None:
         Plan(drafter_sizes=["7b"])
     with pytest.raises(FlashSpecError, match="baseline 'vllm' is unknown"):
         Plan(baselines=["vllm"])
+    with pytest.raises(ValueError, match="arm 'ngram' should read"):
+        Plan(arms=["ngram"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"temperature": float("nan")}, ValueError, "temperature"),
+        ({"plan": Plan([200], arms=[])}, FlashSpecError, "200 tokens do not fit into a context of 128"),
+        ({"plan": Plan([1], arms=["ngram:128"])}, FlashSpecError, "129 tokens do not fit into a context of 128"),
+        ({"plan": Plan([1], arms=["nosuch:2"])}, FlashSpecError, "drafter 'nosuch' is unknown"),
+        ({"plan": Plan([1], arms=[]), "context": 1 << 20}, FlashSpecError, "tiny takes 8192 tokens, not a context of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(
+    options: dict[str, Any], error: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "Bench", lambda *_: pytest.fail("it was measured"))
+    loaded = LoadedModel(random_decoder(shape_config(TINY), torch.float32, CPU), None, (), "tiny")
+    with pytest.raises(error, match=sentence):
+        steps.run(loaded, device="cpu", **{"context": 128, **options})
 
 
 def test_the_clock_takes_medians_and_what_comes_before_is_untimed(monkeypatch: pytest.MonkeyPatch) -> None:
