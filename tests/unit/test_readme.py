@@ -52,6 +52,13 @@ def by_batch(method: str) -> list[float]:
     return [row["speedup_vs_plain"] for row in rows("batches-8b-h200.json") if row["method"] == method]
 
 
+def same_texts(method: str) -> list[float]:
+    """Per cent that are plain decoding's, the least and the most of batches of several rows."""
+    several = [row for row in rows("batches-8b-h200.json", method=method) if row["batch_size"] > 1]
+    shares = [100 * row["same_text_as_plain"] for row in several]
+    return [min(shares), max(shares)]
+
+
 def by_set(file: str, method: str) -> list[float]:
     return [row["acceptance_length"] for row in rows(file, method=method)]
 
@@ -78,6 +85,10 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     (rf"and {THREE} \(`medusa:4`\)", lambda: by_set("accepted-135m-h200.json", "medusa:4")),
     (rf"at temperature 0.7 {THREE} and", lambda: by_set("accepted-135m-t07-h200.json", "eagle3:4")),
     (rf"and {THREE} \(`accepted-135m-h200", lambda: by_set("accepted-135m-t07-h200.json", "medusa:4")),
+    (
+        r"([\d.]+) to ([\d.]+) % of the texts of `ngram:4` are plain decoding's",
+        lambda: same_texts("ngram:4"),
+    ),
     (rf"`auto` {FIVE} times plain\s+decoding, `ngram:4`", lambda: by_batch("auto")),
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: by_batch("ngram:4")),
 ]
