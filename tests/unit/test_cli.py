@@ -266,6 +266,7 @@ def raising(error: BaseException):
     [
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte"), 2, "not UTF-8 text: invalid start byte"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "there is not enough memory: take"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "GPU's memory is full: end what else runs on it, or"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(), 141, ""),

@@ -342,7 +342,9 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 def test_no_compiler_is_a_sentence(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(fresh_build))
     monkeypatch.delenv("CXX", raising=False)
-    assert not native_build.available()
+    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler.*plain PyTorch runs, which is slower") as told:
+        assert not native_build.available() and not native_build.available()
+    assert len(told) == 1
     assert "no C++ compiler" in native_build.why_not()
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         make(PLAIN, "f32").native()
@@ -355,7 +357,8 @@ def test_a_bad_compiler_is_a_sentence(
     compiler = fresh_build / "compiler.py"
     compiler.write_text(FAKE_COMPILER.format(fails=fails))
     monkeypatch.setenv("CXX", f"{sys.executable} {compiler}")
-    assert not native_build.available()
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert not native_build.available()
     assert reason in native_build.why_not()
     assert "\n" not in native_build.why_not()
     native_build._load.cache_clear()

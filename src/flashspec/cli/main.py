@@ -92,4 +92,6 @@ def _explain(error: Exception) -> tuple[int, str]:
             "the GPU's memory is full: end what else runs on it, or take a smaller model, fewer drafters, "
             "a shorter text (for train-drafter a smaller --draft-vocab) or --device cpu"
         )
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # what torch says on a CPU
+        return COULD_NOT, "there is not enough memory: take a smaller model, fewer drafters or a shorter text"
     raise error

@@ -189,8 +189,8 @@ class SpeculativeEngine:
         return Generation(self, prompts, limit, settings, memory)
 
     def warm_up(self, rows: int = 1, sampling: SamplingConfig | Mapping[str, Any] | None = None) -> None:
-        """On a GPU compile and capture what batches of so many rows need, sampled so and in texts of up to 1,024 tokens,
-        which the first of them would do otherwise; nothing on a CPU."""
+        """On a GPU compile and capture what batches of so many rows need, sampled so and in texts of up to 1,024
+        tokens, which the first of them would do otherwise; nothing on a CPU."""
         if self.workspaces is not None:
             with self.turn:
                 Generation(self, [[0]] * rows, 1, self._sampling(sampling), None).begin()

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ SOURCES = tuple(Path(__file__).with_name(f"native{part}.cpp") for part in PARTS)
 
 
 def available() -> bool:
-    """Whether a compiler was found and the library built and loaded. The first call builds it; it never raises."""
+    """Whether a compiler was found and the library built and loaded. The first call builds it; where it cannot, a
+    warning says why, and nothing is raised."""
     return not why_not()
 
 
@@ -42,7 +44,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         loaded = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        return None, f"the native CPU kernel could not be built or loaded: {error}"
+        reason = f"the native CPU kernel could not be built or loaded: {str(error).rstrip('.')}"
+        warnings.warn(f"{reason}; plain PyTorch runs, which is slower", RuntimeWarning, stacklevel=2)
+        return None, reason
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.flashspec_forward.argtypes = (
         [pointer] * 3 + [integer] * 3 + [pointer] * 2 + [integer] * 3 + [pointer] * 2 + [integer, pointer, integer]
