@@ -128,9 +128,7 @@ def main() -> None:
     for name in options.parts.split(",") if options.parts else parts:
         began = time.perf_counter()
         try:
-            result = parts[name]()
-            CONSOLE.print(table(result))
-            print(result["settings"].get("left_out") or "", flush=True)
+            CONSOLE.print(table(parts[name]()))
         except Exception:
             traceback.print_exc(limit=4)
         torch.cuda.empty_cache()

@@ -85,10 +85,7 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     (rf"and {THREE} \(`medusa:4`\)", lambda: by_set("accepted-135m-h200.json", "medusa:4")),
     (rf"at temperature 0.7 {THREE} and", lambda: by_set("accepted-135m-t07-h200.json", "eagle3:4")),
     (rf"and {THREE} \(`accepted-135m-h200", lambda: by_set("accepted-135m-t07-h200.json", "medusa:4")),
-    (
-        r"([\d.]+) to ([\d.]+) % of the texts of `ngram:4` are plain decoding's",
-        lambda: same_texts("ngram:4"),
-    ),
+    (r"([\d.]+) to ([\d.]+) % of the texts of `ngram:4` are plain decoding's", lambda: same_texts("ngram:4")),
     (rf"`auto` {FIVE} times plain\s+decoding, `ngram:4`", lambda: by_batch("auto")),
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: by_batch("ngram:4")),
 ]

@@ -152,9 +152,9 @@ def table(result: Result) -> Table:
     columns, rows = cells(result)
     varying = [index for index in range(len(columns)) if len({row[index] for row in rows}) > 1 or len(rows) < 2]
     same = [f"{columns[index].heading} {rows[0][index]}" for index in range(len(columns)) if index not in varying]
-    missing = [f"left out: {reason}" for reason in result["settings"].get("left_out", ())]
-    found = Table(title=", ".join([title(result), *same]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found.caption = escape("\n".join(missing)) or None
+    heading = ", ".join([title(result), *same])
+    missing = "\n".join(f"left out: {reason}" for reason in result["settings"].get("left_out", ()))
+    found = Table(title=heading, caption=escape(missing) or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (columns[index] for index in varying):
         whole = column.role != "note"
         found.add_column(_folded(column.heading), justify="left" if column.role == NAME else "right", no_wrap=whole)

@@ -124,8 +124,7 @@ class FewTokens:
             if layer in wanted:
                 states.append(hidden)
 
-        run = self._narrow if token_ids.numel() <= MOST_TOKENS else self._wide
-        normed = run(token_ids.contiguous(), positions, cache, layers, record)
+        normed = self._run(token_ids.contiguous(), positions, cache, layers, record)
         record(self._config.num_layers, normed)
         if features is not None:
             recording.record(states, positions, features.by_layer)
@@ -136,8 +135,7 @@ class FewTokens:
 
     def _rehearse(self, tokens: Tensor, cache: KVCache) -> None:
         """tokens: (1, Q), each its own position."""
-        run = self._narrow if tokens.numel() <= MOST_TOKENS else self._wide
-        run(tokens, tokens, cache, self._rehearsed(), lambda *_: None)
+        self._run(tokens, tokens, cache, self._rehearsed(), lambda *_: None)
 
     def _rehearsed(self) -> tuple[LayerWeights, ...]:
         """As many layers as do not stay in L2."""
@@ -149,6 +147,12 @@ class FewTokens:
     def logits(self, hidden: Tensor, squares: Tensor | None = None) -> Tensor:
         """squares: where hidden is not normed, but its product with the norm's weight."""
         return self._score(hidden, squares)
+
+    def _run(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record
+    ) -> Tensor:
+        run = self._narrow if token_ids.numel() <= MOST_TOKENS else self._wide
+        return run(token_ids, positions, cache, layers, record)
 
     def _narrow(
         self, token_ids: Tensor, positions: Tensor, cache: KVCache, layers: tuple[LayerWeights, ...], record: Record
