@@ -62,9 +62,9 @@ def make_parts(model: str, prompts: Path, output: Path, heads: list[str], limit:
         return text(name, ["plain", *(arm for arm in arms if arm.endswith(":4"))], heads, limit, **options)
 
     def against(name: str, **options: Any) -> Any:
-        """The small model assists, itself too: there is none that is smaller."""
+        """The small model assists, itself too: there is none that is smaller. Half the prompts, since it is slow."""
         methods = [*TRANSFORMERS, *LOOKUPS[:4], "auto@arms"]
-        return text(name, methods, ["suffix", "ngram", model], 2, max_new_tokens=64, **options)
+        return text(name, methods, ["suffix", "ngram", model], max(1, limit // 2), max_new_tokens=64, **options)
 
     def stepping(name: str, shape: str, plan: Plan, **options: Any) -> Any:
         out = output / f"{name}-{gpu}.json"
