@@ -141,6 +141,7 @@ class Run:
         self.flights: deque[_Flight] = deque()
         self._untold: list[Callable[[], None]] = []  # what the selector is to hear
         self._landed = 0.0  # when the last flight did
+        self._late = False  # whether the device had been done with it, so that the time is the host's
         self._any_drafts = any(arm.length for arm in arms)
         selector.begin(len(state.texts))
         for drafter in drafters.values():
@@ -295,9 +296,12 @@ class Run:
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
+        late = flight.letter.is_here()
         news = flight.letter.fetch()  # waits for the device
-        now = self.clock()
-        seconds, self._landed = now - max(flight.started, self._landed), now
+        now, begun = self.clock(), max(flight.started, self._landed)
+        if late or (self._late and begun > flight.started):  # begun when the host looked, not when the device did
+            flight.usual = False
+        seconds, self._landed, self._late = now - begun, now, late
         rows = [row for row, active in enumerate(map(and_, flight.active, state.active)) if active]
         for text, token_ids in zip(state.texts, news.token_ids, strict=True):
             text.extend(token_ids)

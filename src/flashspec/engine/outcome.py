@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from flashspec.core import FinishReason, Likelihoods, RowStep, TokenLogprobs
 from flashspec.kernels.reference_fused import HEAD  # columns ahead of the tokens
+
+IN_FLIGHT = 2  # steps whose outcome the host has not read: it is one behind the device
 
 _REASONS = tuple(FinishReason)
 _row_step = cache(RowStep)  # most rows do the same: one object for all of them, 0.2 µs a row in place of 1.3
@@ -48,12 +51,15 @@ class Logprobs:
         top = logits.topk(min(count, logits.shape[-1]), dim=-1)
         return cls(token_ids, chosen, top.indices, top.values.float() - likelihoods.totals[..., None])
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.token_ids, self.chosen, self.top_ids, self.top
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Logprobs:
-        return Logprobs(*(change(tensor) for tensor in (self.token_ids, self.chosen, self.top_ids, self.top)))
+        return Logprobs(*map(change, self.tensors))
 
     def fetch(self) -> list[tuple[TokenLogprobs, ...]]:
-        columns = (self.token_ids, self.chosen, self.top_ids, self.top)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
+        rows = zip(*(column.tolist() for column in self.tensors), strict=True)
         return [
             tuple(
                 TokenLogprobs(token_id, logprob, tuple(zip(ids, values, strict=True)))
@@ -69,6 +75,7 @@ class Outcome:
 
     packed: Tensor
     logprobs: Logprobs | None = None
+    letters: Iterator[Letter] | None = None
 
     @property
     def token_ids(self) -> Tensor:
@@ -85,17 +92,22 @@ class Outcome:
         return self.packed.shape[1] - HEAD
 
     def post(self) -> Letter:
-        """Send it to the host; from a GPU through pinned memory, beside whatever the device does next."""
+        """Send it to the host; from a GPU through pinned memory, beside whatever the device does next. Where the same
+        outcome is posted again and again, as a graph's is, its letters are used again."""
         if self.packed.device.type == "cpu":
             return Letter(self, None)
+        if self.letters is None:
+            self.letters = cycle([self._letter() for _ in range(IN_FLIGHT)])
+        letter = next(self.letters)
+        letter.write(self)
+        return letter
 
-        def send(tensor: Tensor) -> Tensor:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    def _letter(self) -> Letter:
+        def room(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
-        sent = Outcome(send(self.packed), None if self.logprobs is None else self.logprobs.map(send))
-        arrived: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return Letter(sent, arrived)
+        copied = Outcome(room(self.packed), None if self.logprobs is None else self.logprobs.map(room))
+        return Letter(copied, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def read(self) -> News:
         """What it says; of an outcome on the host."""
@@ -118,6 +130,18 @@ class Letter:
 
     outcome: Outcome
     arrived: torch.cuda.Event | None
+
+    def write(self, outcome: Outcome) -> None:
+        self.outcome.packed.copy_(outcome.packed, non_blocking=True)
+        if outcome.logprobs is not None and self.outcome.logprobs is not None:
+            for copied, tensor in zip(self.outcome.logprobs.tensors, outcome.logprobs.tensors, strict=True):
+                copied.copy_(tensor, non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def is_here(self) -> bool:
+        """Whether the device was done with it before anybody waited."""
+        return self.arrived is not None and bool(self.arrived.query())  # type: ignore[no-untyped-call]
 
     def fetch(self) -> News:
         """Wait for it and read it."""

@@ -12,8 +12,9 @@ from fakes import MarkovModel, ScriptedDrafter, greedy_text
 from torch import Tensor
 
 from flashspec.bandit import AutoSelector
-from flashspec.core import Draft
+from flashspec.core import Draft, FinishReason
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.engine.outcome import Letter, Outcome
 
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
 
@@ -61,6 +62,24 @@ def test_nor_is_it_that_of_the_step_before(lag: int) -> None:
     list(open_run(TARGET, [[1] * 80], arms, every_drafter(TARGET), 20, selector=selector, lag=lag))
     heard = [seconds is not None for _, seconds in selector.heard]
     assert heard[:3] == ([True, True, False] if lag == 0 else [False] * 3) and all(heard[3:])
+
+
+def test_nor_is_time_in_which_the_device_waited_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step behind was launched before, and is seen to end when the device is done with it, to begin too late."""
+    landings = iter(range(100))
+    monkeypatch.setattr(Letter, "is_here", lambda letter: next(landings) in (3, 7, 8))
+    selector = Noting(1)
+    list(open_run(TARGET, [[1]], ["plain"], every_drafter(TARGET), 14, selector=selector, lag=1))
+    assert [at for at, (_, seconds) in enumerate(selector.heard) if seconds is None][1:] == [3, 4, 7, 8, 9]
+
+
+def test_a_letter_is_written_again_and_again() -> None:
+    first = Outcome(torch.tensor([[2, 1, 2, int(FinishReason.RUNNING), 0, 7, 8, 9]]))
+    second = Outcome(torch.tensor([[2, 0, 1, int(FinishReason.STOP), 0, 5, 6, 4]]))
+    letter = Letter(Outcome(torch.zeros_like(first.packed)), None)
+    for outcome, tokens in ((first, (7, 8)), (second, (5,)), (first, (7, 8))):
+        letter.write(outcome)
+        assert letter.fetch() == outcome.read() and letter.fetch().token_ids == [tokens]
 
 
 def test_reading_a_few_tokens_is() -> None:
