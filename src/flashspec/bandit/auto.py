@@ -17,6 +17,9 @@ from flashspec.bandit.estimates import real_number, whole_number
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
+# What drafts may cost where they do not pay: this share of the time, so many plain steps, and what they gained before,
+# up to so many.
+LOSS, ALLOWANCE, LEAD = 0.01, 4.0, 20.0
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 FloatArray = NDArray[np.float64]
@@ -39,6 +42,8 @@ class Survival:
         longest = {drafter: max(n for d, n in arms if d == drafter) for drafter, length in arms if length}
         ends = dict(zip(longest, accumulate(longest.values()), strict=True))
         self._columns = {drafter: slice(ends[drafter] - length, ends[drafter]) for drafter, length in longest.items()}
+        self._lengths = {drafter: {n for d, n in arms if d == drafter} for drafter in longest}
+        self._offsets = np.arange(max(longest.values(), default=0))
         self._factors: dict[int, FloatArray] = {}
         self._start(np.zeros((2, sum(longest.values()))), 1)
 
@@ -47,6 +52,7 @@ class Survival:
         self._counts = np.zeros((2, 1 + rows, totals.shape[1]))  # of earlier batches, and of each row
         self._counts[:, 0] = totals
         self._weights = np.ones(1 + rows)  # 1 of earlier batches, 1 or 0 of each row
+        self._critical = [True] * rows
         self._estimate()
 
     @property
@@ -65,11 +71,11 @@ class Survival:
 
     def wait_for(self, critical: Sequence[bool]) -> None:
         """The rows that count from now on."""
-        if len(critical) != len(self._weights) - 1:
+        if len(critical) != len(self._critical):
             self.begin(len(critical))
-        if (self._weights[1:] != critical).any():
+        if self._critical != list(critical):
+            self._critical = list(critical)
             self._weights[1:] = critical
-            self._estimate()
 
     def learn(self, step: Feedback) -> None:
         _, length = self._arms[step.arm]
@@ -79,7 +85,7 @@ class Survival:
             accepted = np.array([accepted for _, accepted in rows])
             played = self._counts[:, 1:, self._place(step.arm)]
             played[0] += 1
-            played[1] += accepted[:, None] > np.arange(length)
+            played[1] += accepted[:, None] > self._offsets[:length]
         self._estimate()
 
     def _place(self, arm: int) -> slice:
@@ -97,8 +103,8 @@ class Survival:
 
     def _estimate(self) -> None:
         tried, kept = self._totals.tolist()
-        found = {drafter: _moments(tried[place], kept[place]) for drafter, place in self._columns.items()}
-        self.moments = [found[drafter][length - 1] if length else (0.0, 0.0) for drafter, length in self._arms]
+        found = {d: _moments(tried[at], kept[at], self._lengths[d]) for d, at in self._columns.items()}
+        self.moments = [found[drafter][length] if length else (0.0, 0.0) for drafter, length in self._arms]
 
     def state(self) -> dict[str, dict[str, list[float]]]:
         """As JSON values; the rows are told apart no more."""
@@ -116,16 +122,19 @@ class Survival:
         self._start(totals, 1)
 
 
-def _moments(tried: Sequence[float], kept: Sequence[float]) -> list[tuple[float, float]]:
-    """Of drafts of 1, 2, ... tokens."""
-    results = []
+def _moments(tried: Sequence[float], kept: Sequence[float], lengths: Collection[int]) -> dict[int, tuple[float, float]]:
+    """Of drafts of so many tokens."""
+    found = {}
     chance, mean, square = 1.0, 0.0, 0.0
     for length, (n_tried, n_kept) in enumerate(zip(tried, kept, strict=True), 1):
-        chance = min(chance, (n_kept + PRIOR_STEP * chance) / (n_tried + 1))
+        share = (n_kept + PRIOR_STEP * chance) / (n_tried + 1)
+        if share < chance:
+            chance = share
         mean += chance
         square += (2 * length - 1) * chance
-        results.append((mean, sqrt(max(square - mean * mean, 0.1) / (n_tried + 1))))
-    return results
+        if length in lengths:
+            found[length] = mean, sqrt(max(square - mean * mean, 0.1) / (n_tried + 1))
+    return found
 
 
 class Costs:
@@ -141,8 +150,9 @@ class Costs:
         self.totals, self.weights = [0.0] * len(guesses), [0.0] * len(guesses)
         self._estimate()
 
-    def learn(self, arm: int, seconds: float | None, fade: float) -> None:
-        """A step of an arm; None where it says nothing of the time. fade: of what is known of that arm."""
+    def learn(self, arm: int, seconds: float | None, fade: float) -> float:
+        """A step of an arm; None where it says nothing of the time. fade: of what is known of that arm. Returns what of
+        the time counts."""
         for other in range(len(self._guesses)):
             factor = fade if other == arm and seconds is not None else IDLE_FADE
             self.totals[other] *= factor
@@ -150,18 +160,22 @@ class Costs:
         if seconds is not None:
             others = self.means[:arm] + self.means[arm + 1 :]
             usual = max(self.means[arm], min(others, default=0.0))  # a guess may be far too low
-            self.totals[arm] += max(min(seconds, 2 * usual), LEAST_SECONDS)
+            seconds = max(min(seconds, 2 * usual), LEAST_SECONDS)
+            self.totals[arm] += seconds
             self.weights[arm] += 1
         self._estimate()
+        return self.means[arm] if seconds is None else seconds
 
     def restore(self, totals: list[float], weights: list[float]) -> None:
         self.totals, self.weights = totals, weights
         self._estimate()
 
-    def charge(self, arm: int, seconds: float) -> None:
-        """An arm lost time in a step that others took."""
-        self.totals[arm] += min(seconds, self.means[arm])
+    def charge(self, arm: int, seconds: float) -> float:
+        """An arm lost time in a step that others took; returns what of it counts."""
+        seconds = min(seconds, self.means[arm])
+        self.totals[arm] += seconds
         self._estimate()
+        return seconds
 
     def _estimate(self) -> None:
         guessed = sum(weight * guess for weight, guess in zip(self.weights, self._guesses, strict=True))
@@ -176,6 +190,9 @@ class AutoSelector(DraftSelector):
     arms: (drafter, length), length 0 being plain decoding, which emits exactly one token. seconds: a guess of each
     arm's step; low guesses make an arm tried early. `update` needs `seconds` to learn costs. Evidence fades, slowly
     while others are played, so that an arm that was bad long ago is tried again.
+
+    Where drafts have cost more than LOSS, ALLOWANCE and LEAD allow, over what plain decoding would have taken for the
+    same tokens, they wait until plain steps have made up for it.
 
     An arm that gives way has its rate from the steps that it takes, and the time that it lost in others: it goes first
     where what it has to say is worth more than other arms on average, and those come into their own where it is silent.
@@ -206,6 +223,8 @@ class AutoSelector(DraftSelector):
         self._random = Random(self._seed)
         self._survival = Survival(self._arms, self._fade)
         self._costs = Costs([max(guess, LEAST_SECONDS) for guess in self._guesses])
+        self._plain = next((arm for arm, (_, length) in enumerate(self._arms) if not length), None)
+        self._lead = 0.0  # seconds gained over plain decoding, with the share that may be lost
 
     def expected_rates(self) -> list[float]:
         """Each arm's estimated tokens per second, exploration aside."""
@@ -217,16 +236,14 @@ class AutoSelector(DraftSelector):
 
     def rival(self, arm: int) -> float:
         with self._lock:
-            # Plain decoding may go untried for long, so a slow step of it could stand for ever; no arm is cheaper.
-            plain = min(self._costs.means)
-            others = [
-                rate * plain
-                for other, rate in enumerate(self._rates())
-                if other in self._enabled and self._arms[other][0] != self._arms[arm][0]
-            ]
-            return max([1.0, *others])
+            rates = self._rates()
+            others = [other for other in self._enabled if self._arms[other][0] != self._arms[arm][0]]
+            return max([1.0, *(rates[other] * self._costs.means[arm] for other in others)])
 
     def _choose(self, arms: Sequence[int]) -> int:
+        plain = self._plain
+        if plain is not None and plain in arms and self._lead < -ALLOWANCE * self._costs.means[plain]:
+            return plain
         # The lengths of a drafter share their evidence.
         luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._survival.drafters}
 
@@ -242,7 +259,7 @@ class AutoSelector(DraftSelector):
         self._survival.begin(rows)
 
     def _charge(self, arm: int, seconds: float) -> None:
-        self._costs.charge(arm, seconds)
+        self._lead -= self._costs.charge(arm, seconds)
 
     def _learn(self, step: Feedback) -> None:
         critical = step.critical
@@ -251,7 +268,19 @@ class AutoSelector(DraftSelector):
         if critical is not None:
             self._survival.wait_for(critical)
         self._survival.learn(step)
-        self._costs.learn(step.arm, step.seconds, self._fade)
+        self._count(step, self._costs.learn(step.arm, step.seconds, self._fade))
+
+    def _count(self, step: Feedback, seconds: float) -> None:
+        """What a step gained over plain decoding, on average over the rows that a batch waits for."""
+        if self._plain is None:
+            return
+        plain, gained = self._costs.means[self._plain], 0.0
+        if self._arms[step.arm][1]:
+            rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
+            waited = step.critical if step.critical is not None else [True] * len(rows)
+            accepted = [row[1] for row, critical in zip(rows, waited, strict=True) if critical]
+            gained = plain * (1 + sum(accepted) / max(len(accepted), 1)) - seconds
+        self._lead = min(self._lead + gained + LOSS * plain, LEAD * plain)
 
     def _reset(self) -> None:
         super()._reset()
@@ -271,6 +300,7 @@ class AutoSelector(DraftSelector):
             "random": self._random.getstate(),
             "survival": self._survival.state(),
             "costs": {"totals": self._costs.totals, "weights": self._costs.weights},
+            "lead": self._lead,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -283,3 +313,4 @@ class AutoSelector(DraftSelector):
         if not len(totals) == len(weights) == self._n_arms:
             raise ValueError(f"costs describe {len(totals)} and {len(weights)} arms, n_arms is {self._n_arms}")
         self._costs.restore(totals, weights)
+        self._lead = real_number("lead", state["lead"], -inf)

@@ -111,8 +111,8 @@ class DraftSelector(ABC):
             return arm
 
     def rival(self, arm: int) -> float:
-        """What the best arm of another drafter is expected to yield, in tokens for the time of a plain step; 1.0, as
-        plain decoding does, for policies that know nothing of it."""
+        """What the best arm of another drafter is expected to yield, in tokens for the time of a step of `arm`; for
+        policies that know nothing of it 1.0, the least that any step does."""
         return 1.0
 
     def update(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from itertools import islice
 from math import isfinite, log
 from numbers import Real
 from typing import Any, SupportsIndex
@@ -46,12 +45,13 @@ class ArmStats:
     that gave way counts what the other arm drafted.
     """
 
-    __slots__ = ("_pulls", "lifetime_pulls", "n_accepted", "n_drafted", "n_pulls", "window_size")
+    __slots__ = ("_pulls", "_recent", "lifetime_pulls", "n_accepted", "n_drafted", "n_pulls", "window_size")
 
     def __init__(self, window_size: int = 500) -> None:
         self.window_size = whole_number("window_size", window_size)
         self.n_pulls = self.n_accepted = self.n_drafted = self.lifetime_pulls = 0
         self._pulls: deque[tuple[int, int, int]] = deque()  # (round, accepted, drafted); empty if window_size is 0
+        self._recent = 0, 0  # accepted, drafted of the last SHIFT_BLOCK of them
 
     @property
     def window(self) -> tuple[tuple[int, int], ...]:
@@ -78,6 +78,10 @@ class ArmStats:
         self.n_drafted += drafted
         if self.window_size:
             self._pulls.append((self.lifetime_pulls if at is None else at, accepted, drafted))
+            if self.n_pulls > SHIFT_BLOCK:
+                _, left_accepted, left_drafted = self._pulls[-SHIFT_BLOCK - 1]
+                accepted, drafted = accepted - left_accepted, drafted - left_drafted
+            self._recent = self._recent[0] + accepted, self._recent[1] + drafted
             if self.n_pulls > self.window_size:
                 self._forget_oldest()
 
@@ -96,22 +100,20 @@ class ArmStats:
         n_older = self.n_pulls - SHIFT_BLOCK
         if n_older < SHIFT_BLOCK or not self._pulls:
             return None
-        recent = list(islice(reversed(self._pulls), SHIFT_BLOCK))
-        accepted = sum(pull[1] for pull in recent)
-        drafted = sum(pull[2] for pull in recent)
+        accepted, drafted = self._recent
         drafted_before = self.n_drafted - drafted
         if not drafted or not drafted_before:
             return None
         rate, rate_before = accepted / drafted, (self.n_accepted - accepted) / drafted_before
         pooled = self.mean_accept_rate
         evidence = SHIFT_BLOCK * _divergence(rate, pooled) + n_older * _divergence(rate_before, pooled)
-        return recent[-1][0] if evidence > SHIFT_THRESHOLD else None
+        return self._pulls[-SHIFT_BLOCK][0] if evidence > SHIFT_THRESHOLD else None
 
     def copy(self) -> ArmStats:
         twin = ArmStats(self.window_size)
         twin.n_pulls, twin.lifetime_pulls = self.n_pulls, self.lifetime_pulls
         twin.n_accepted, twin.n_drafted = self.n_accepted, self.n_drafted
-        twin._pulls = self._pulls.copy()
+        twin._pulls, twin._recent = self._pulls.copy(), self._recent
         return twin
 
     def state(self) -> dict[str, Any]:
@@ -147,6 +149,8 @@ class ArmStats:
 
     def _forget_oldest(self) -> None:
         _, accepted, drafted = self._pulls.popleft()
+        if self.n_pulls <= SHIFT_BLOCK:
+            self._recent = self._recent[0] - accepted, self._recent[1] - drafted
         self.n_pulls -= 1
         self.n_accepted -= accepted
         self.n_drafted -= drafted

@@ -20,8 +20,7 @@ class DraftContext(Protocol):
     length. texts: the host's copy of the committed text a row; complete for drafters `on_host`.
     active: host copy of which rows are still being written. token_cost: what verifying one more token costs, as a
     fraction of a step without a draft. rival: what another drafter is expected to yield, in tokens for the time of a
-    step without a draft; a drafter on the host that expects less had better propose nothing. target: the target's
-    reader.
+    step of this one; a drafter on the host that expects less had better propose nothing. target: the target's reader.
     """
 
     tokens: Tensor

@@ -114,7 +114,7 @@ class SuffixProposer(Proposer):
         return Draft(token_ids, torch.tensor([len(row) for row in rows]))
 
     def _drafts(self, context: DraftContext, length: int) -> list[list[int]]:
-        """Of every row; none at all where a rival is expected to do better."""
+        """Of every row; none at all where a rival is expected to do better, or a step without a draft."""
         written = [
             self._write(row, text, length, context.token_cost) if active else ([], 0.0)
             for row, (text, active) in enumerate(zip(context.texts, context.active, strict=True))
@@ -122,7 +122,7 @@ class SuffixProposer(Proposer):
         rows, width = [draft for draft, _ in written], max(len(draft) for draft, _ in written)
         running = sum(context.active)
         hoped = running + sum(expected for _, expected in written)
-        worth = hoped >= running * context.rival * (1 + context.token_cost * width)
+        worth = hoped >= running * max(context.rival, 1 + context.token_cost * width)
         return rows if worth else [[] for _ in rows]
 
     def _predict(self, row: int, recent: Sequence[int]) -> Prediction | None:

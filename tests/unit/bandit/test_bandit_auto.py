@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from flashspec.bandit import AutoSelector, DraftSelector, make_selector
-from flashspec.bandit.auto import Costs, Survival
+from flashspec.bandit.auto import ALLOWANCE, LEAD, LOSS, Costs, Survival
 from flashspec.bandit.base import Feedback
 from flashspec.bandit.trace import Decision, play
 
@@ -316,17 +316,18 @@ def test_disabled_arms_are_not_played() -> None:
     assert best_arm() in {d.arm for d in play(selector, responder(Random(6)), 100)}
 
 
-def test_a_rival_is_the_best_arm_of_another_drafter_in_the_time_of_the_cheapest_step() -> None:
+def test_a_rival_is_the_best_arm_of_another_drafter_in_the_time_of_a_step() -> None:
     selector = selector_of()
     play(selector, responder(Random(8)), 400)
     for arm in range(len(ARMS)):
         selector.update(arm, 0, ARMS[arm][1], seconds=seconds_of(arm))
-    rates = selector.expected_rates()
-    cheapest = min(selector._costs.means)
-    assert selector.rival(1) == selector.rival(0) == pytest.approx(max(rates[3:]) * cheapest)
-    assert selector.rival(3) == pytest.approx(max(1.0, max(rates[:3]) * cheapest))
+    rates, seconds = selector.expected_rates(), selector._costs.means
+    assert selector.rival(1) == pytest.approx(max(rates[3:]) * seconds[1])
+    assert selector.rival(2) == pytest.approx(max(rates[3:]) * seconds[2])
+    assert selector.rival(2) > selector.rival(1)
+    assert selector.rival(3) == pytest.approx(max(1.0, max(rates[:3]) * seconds[3]))
     selector.disable(5)
-    assert selector.rival(1) == pytest.approx(max(rates[3:5]) * cheapest)
+    assert selector.rival(1) == pytest.approx(max(rates[3:5]) * seconds[1])
 
 
 def test_an_arm_whose_first_step_was_slow_gets_its_chance() -> None:
@@ -348,6 +349,56 @@ def test_a_slow_plain_step_makes_no_rival_much_stronger() -> None:
     before = selector.rival(1)
     selector.update(0, 0, 0, seconds=9 * STEP_SECONDS)
     assert selector.rival(1) < 1.2 * before
+
+
+def hopeless(arm: int) -> Decision:
+    """No draft token is ever accepted, and a step with a draft takes twice as long."""
+    _, length = ARMS[arm]
+    return Decision(arm, 0, length, ((length, 0),), STEP_SECONDS * (2 if length else 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_that_drafts_do_not_suit_costs_next_to_nothing(seed: int) -> None:
+    """One step of a draft at a time is decided upon before the loss of the last is known."""
+    rounds = 1000
+    seconds = [decision.seconds or 0.0 for decision in play(selector_of(seed), hopeless, rounds, delay=1)]
+    lost = sum(seconds) / STEP_SECONDS - rounds
+    assert 3 <= lost <= rounds * LOSS + ALLOWANCE + 2
+    assert sum(seconds[-200:]) <= 200 * STEP_SECONDS * (1 + 2 * LOSS) + STEP_SECONDS
+
+
+def test_time_lost_in_silence_counts_and_what_was_gained_may_be_spent() -> None:
+    selector = selector_of()
+    for _ in range(5):
+        selector.give_way(1, STEP_SECONDS)
+    assert {selector.select() for _ in range(50)} == {0}
+    selector.update(5, 8, 8, seconds=STEP_SECONDS)
+    assert {selector.select() for _ in range(50)} != {0}
+
+
+def test_what_was_gained_long_ago_pays_for_no_more_than_a_few_steps() -> None:
+    selector = selector_of()
+    play(selector, responder(Random(1)), 300)
+    assert json.loads(selector.to_json())["state"]["lead"] == pytest.approx(LEAD * selector._costs.means[0])
+    lost = sum(d.seconds or 0.0 for d in play(selector, hopeless, 1000)) / STEP_SECONDS - 1000
+    assert lost <= 1000 * LOSS + ALLOWANCE + LEAD + 2
+
+
+def test_only_rows_that_a_batch_waits_for_are_ahead() -> None:
+    leads = []
+    for critical in ([True, False], [False, True], [True, True]):
+        selector = selector_of()
+        selector.begin(2)
+        selector.update(4, 4, 8, rows=[(4, 4), (4, 0)], critical=critical, seconds=STEP_SECONDS)
+        leads.append(json.loads(selector.to_json())["state"]["lead"] / STEP_SECONDS)
+    assert leads == pytest.approx([4 + LOSS, LOSS, 2 + LOSS], abs=1e-3)
+
+
+def test_without_an_arm_that_decodes_plainly_there_is_nothing_to_compare() -> None:
+    selector = selector_of(arms=ARMS[1:])
+    for _ in range(50):
+        selector.update(0, 0, 2, seconds=9 * STEP_SECONDS)
+    assert selector.select() in range(5)
 
 
 @pytest.mark.parametrize(

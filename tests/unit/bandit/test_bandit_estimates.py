@@ -108,6 +108,19 @@ def test_shift_is_silent_on_constant_and_on_empty_feedback():
     assert fed([0] * 200, drafted=0).shift() is None
 
 
+@pytest.mark.parametrize("window_size", [20, SHIFT_BLOCK, SHIFT_BLOCK + 1, 100])
+def test_the_recent_block_is_counted_as_it_moves(window_size):
+    random = Random(window_size)
+    stats = ArmStats(window_size)
+    for at in range(1, 400):
+        drafted = random.randint(0, 6)
+        stats.record(random.randint(0, drafted), drafted, at=at)
+        if random.random() < 0.05:
+            stats.expire(at - random.randint(0, 60))
+        recent = stats.window[-SHIFT_BLOCK:]
+        assert stats._recent == (sum(accepted for accepted, _ in recent), sum(drafted for _, drafted in recent))
+
+
 @pytest.mark.parametrize(("before", "after", "at_most"), [(0.9, 0.1, 24), (0.7, 0.3, 64)])
 def test_shift_is_seen_soon_and_rarely_imagined(before, after, at_most):
     delays, false_alarms = [], 0

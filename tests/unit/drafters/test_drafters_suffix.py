@@ -98,10 +98,17 @@ def test_the_rule_of_when_to_stop_by_hand() -> None:
 
 
 def test_a_draft_that_promises_less_than_a_rival_is_not_made() -> None:
-    """At 0.19 a token two are worth it: 1.75 tokens for 1.38 steps."""
+    """Two tokens promise 1 + 0.5 + 0.25."""
     text = [1, 2, 3, 1]
-    lengths = [len(drafts(SuffixDrafter(), text, token_cost=0.19, rival=rival)[0]) for rival in (1.0, 1.26, 1.27)]
+    lengths = [len(drafts(SuffixDrafter(), text, token_cost=0.19, rival=rival)[0]) for rival in (1.0, 1.74, 1.76)]
     assert lengths == [2, 2, 0]
+
+
+def test_nor_is_one_for_which_rows_without_a_draft_would_pay() -> None:
+    """One row of two promises 2.75 tokens, in the time of 2 (1 + 2 c)."""
+    texts = [1, 2, 3, 1], [5, 6, 7, 8]
+    lengths = [len(drafts(SuffixDrafter(), *texts, token_cost=cost)[0]) for cost in (0.18, 0.19)]
+    assert lengths == [2, 0]
 
 
 def test_rows_are_matched_each_for_itself_and_finished_ones_not_at_all() -> None:
