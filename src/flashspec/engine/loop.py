@@ -23,6 +23,7 @@ from flashspec.engine.workspace import Workspace
 from flashspec.kernels.checks import check
 from flashspec.models.reader import Reader
 
+STAY = 8  # steps
 CRITICAL = 0.95  # of what the row that is furthest behind has still to write: such rows end last
 
 
@@ -142,6 +143,7 @@ class Run:
         self._untold: list[Callable[[], None]] = []  # what the selector is to hear
         self._landed = 0.0  # when the last flight did
         self._late = False  # whether the device had been done with it, so that the time is the host's
+        self._decided, self._stays = 0, 0  # an arm, and for how many more steps
         self._any_drafts = any(arm.length for arm in arms)
         selector.begin(len(state.texts))
         for drafter in drafters.values():
@@ -153,10 +155,7 @@ class Run:
                 yield self._land()
                 continue
             self._tell()
-            arm_index = self._choose()
-            if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
-                self.selector.give_way(arm_index)
-                arm_index = self._choose(self._asleep([arm_index]))
+            arm_index = self._decide()
             arm = PLAIN if arm_index is None else self.arms[arm_index]
             landed = []
             while self.flights and self._is_on_host(arm):
@@ -220,6 +219,21 @@ class Run:
         state, ahead = self.state, len(self.flights)
         rows = zip(state.active, state.texts, state.ends, strict=True)
         return any(active and len(text) + ahead < end for active, text, end in rows)
+
+    def _decide(self) -> int | None:
+        """An arm. Deciding takes the host time: where the device has waited for it, an arm stays for a few steps."""
+        if self._stays:
+            self._stays -= 1
+            if self.arms[self._decided].drafter not in self.broken:
+                return self._decided
+        arm_index = self._choose()
+        if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
+            self.selector.give_way(arm_index)
+            arm_index = self._choose(self._asleep([arm_index]))
+        if arm_index is not None:
+            is_slow = self._late and self.selector.gives_way and not self._is_on_host(self.arms[arm_index])
+            self._decided, self._stays = arm_index, STAY if is_slow else 0
+        return arm_index
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from flashspec.bandit import AutoSelector
 from flashspec.core import Draft, FinishReason
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
+from flashspec.engine.loop import STAY
 from flashspec.engine.outcome import Letter, Outcome
 
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
@@ -71,6 +73,32 @@ def test_nor_is_time_in_which_the_device_waited_for_the_host(monkeypatch: pytest
     selector = Noting(1)
     list(open_run(TARGET, [[1]], ["plain"], every_drafter(TARGET), 14, selector=selector, lag=1))
     assert [at for at, (_, seconds) in enumerate(selector.heard) if seconds is None][1:] == [3, 4, 7, 8, 9]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_host_that_keeps_the_device_waiting_decides_less_often(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies that know nothing of time go on as they were."""
+    monkeypatch.setattr(Letter, "is_here", lambda letter: late)
+    for selector, stays in ((Yielding(2), late), (Noting(2), False)):
+        list(open_run(TARGET, [[1]], ["plain", "model:2"], every_drafter(TARGET), 60, selector=selector, lag=1))
+        arms = [arm for arm, _ in selector.heard]
+        runs = [len(list(run)) for _, run in groupby(arms)]
+        assert len(arms) > 20 and max(runs) == (1 + STAY if stays else 1)
+
+
+def test_an_arm_that_fails_stays_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letter, "is_here", lambda letter: True)
+
+    def fail(text: list[int], length: int) -> list[int]:
+        if len(text) > 8:
+            raise RuntimeError("no more")
+        return [0]
+
+    selector, drafters = Yielding(2), every_drafter(TARGET) | {"failing": ScriptedDrafter(fail)}
+    with pytest.warns(RuntimeWarning, match="set aside"):
+        run = open_run(TARGET, [[1]], ["failing:1", "plain"], drafters, 40, selector=selector, lag=1)
+        assert sum(len(output.news.token_ids[0]) for output in run) >= 39
+    assert [arm for arm, _ in selector.heard][-5:] == [1] * 5
 
 
 def test_a_letter_is_written_again_and_again() -> None:
