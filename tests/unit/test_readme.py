@@ -52,6 +52,10 @@ def by_batch(method: str) -> list[float]:
     return [row["speedup_vs_plain"] for row in rows("batches-8b-h200.json") if row["method"] == method]
 
 
+def over_plain(file: str, method: str) -> list[float]:
+    return [row["speedup_vs_plain"] for row in rows(file, method=method)]
+
+
 def same_texts(method: str) -> list[float]:
     """Per cent that are plain decoding's, the least and the most of batches of several rows."""
     several = [row for row in rows("batches-8b-h200.json", method=method) if row["batch_size"] > 1]
@@ -88,6 +92,8 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     (r"([\d.]+) to ([\d.]+) % of the texts of `ngram:4` are plain decoding's", lambda: same_texts("ngram:4")),
     (rf"`auto` {FIVE} times plain\s+decoding, `ngram:4`", lambda: by_batch("auto")),
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: by_batch("ngram:4")),
+    (rf"`auto` {THREE} times plain\s+decoding, `ngram:4`", lambda: over_plain("text-135m-t07-h200.json", "auto")),
+    (rf"decoding, `ngram:4` {THREE} \(`text", lambda: over_plain("text-135m-t07-h200.json", "ngram:4")),
 ]
 
 
