@@ -17,8 +17,8 @@ from flashspec.bandit.estimates import real_number, whole_number
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
-# What drafts may cost where they do not pay: this share of the time, so many plain steps, and what they gained before,
-# up to so many.
+# What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, and
+# what they gained before, up to so many.
 LOSS, ALLOWANCE, LEAD = 0.01, 4.0, 20.0
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
@@ -272,13 +272,14 @@ class AutoSelector(DraftSelector):
 
     def _count(self, step: Feedback, seconds: float) -> None:
         """What a step gained over plain decoding, on average over the rows that a batch waits for."""
-        if self._plain is None:
+        if self._plain is None or self._plain not in self._enabled:
             return
         plain, gained = self._costs.means[self._plain], 0.0
         if self._arms[step.arm][1]:
-            rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
-            waited = step.critical if step.critical is not None else [True] * len(rows)
-            accepted = [row[1] for row, critical in zip(rows, waited, strict=True) if critical]
+            accepted = [step.accepted]
+            if step.rows is not None:
+                waited = step.critical if step.critical is not None else [True] * len(step.rows)
+                accepted = [row[1] for row, critical in zip(step.rows, waited, strict=True) if critical]
             gained = plain * (1 + sum(accepted) / max(len(accepted), 1)) - seconds
         self._lead = min(self._lead + gained + LOSS * plain, LEAD * plain)
 

@@ -16,14 +16,15 @@ import torch
 from flashspec.bandit import DraftSelector
 from flashspec.core import PLAIN, Arm, Draft, FinishReason, StepRecord
 from flashspec.drafters.base import DraftContext, Drafter, NoDraft, Proposer
-from flashspec.engine.outcome import Letter, News, Outcome
+from flashspec.engine.outcome import IN_FLIGHT, Letter, News, Outcome
 from flashspec.engine.state import DecodeState
 from flashspec.engine.step import verify
 from flashspec.engine.workspace import Workspace
 from flashspec.kernels.checks import check
 from flashspec.models.reader import Reader
 
-STAY = 8  # steps
+STAY = 8  # more steps that an arm is played where the host is late
+LASTING = 16  # late steps in a row: from then on the host's time is what a step takes
 CRITICAL = 0.95  # of what the row that is furthest behind has still to write: such rows end last
 
 
@@ -134,6 +135,7 @@ class Run:
         self.arms = arms
         self.selector = selector
         self.drafters = drafters
+        assert lag < IN_FLIGHT
         self.lag = lag
         self.clock = clock
         self.proposers: dict[str, Proposer] = {"": NoDraft()}
@@ -142,7 +144,7 @@ class Run:
         self.flights: deque[_Flight] = deque()
         self._untold: list[Callable[[], None]] = []  # what the selector is to hear
         self._landed = 0.0  # when the last flight did
-        self._late = False  # whether the device had been done with it, so that the time is the host's
+        self._late = 0  # how many in a row the device was done with by then, so that the time may be the host's
         self._decided, self._stays = 0, 0  # an arm, and for how many more steps
         self._any_drafts = any(arm.length for arm in arms)
         selector.begin(len(state.texts))
@@ -221,19 +223,25 @@ class Run:
         return any(active and len(text) + ahead < end for active, text, end in rows)
 
     def _decide(self) -> int | None:
-        """An arm. Deciding takes the host time: where the device has waited for it, an arm stays for a few steps."""
-        if self._stays:
+        """An arm. Deciding takes the host time: where the device may have waited for it, an arm that was decided on
+        twice, or costs nothing, stays for a few steps."""
+        if self._stays and self._is_available(self._decided):
             self._stays -= 1
-            if self.arms[self._decided].drafter not in self.broken:
-                return self._decided
+            return self._decided
         arm_index = self._choose()
         if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
             self.selector.give_way(arm_index)
             arm_index = self._choose(self._asleep([arm_index]))
+        self._stays = 0
         if arm_index is not None:
-            is_slow = self._late and self.selector.gives_way and not self._is_on_host(self.arms[arm_index])
-            self._decided, self._stays = arm_index, STAY if is_slow else 0
+            arm, again = self.arms[arm_index], arm_index == self._decided
+            if self._late and self.selector.gives_way and (again or not arm.length) and not self._is_on_host(arm):
+                self._stays = STAY
+            self._decided = arm_index
         return arm_index
+
+    def _is_available(self, arm_index: int) -> bool:
+        return arm_index in self.selector.enabled and self.arms[arm_index].drafter not in self.broken
 
     def _choose(self, asleep: Collection[int] = ()) -> int | None:
         if all(index in asleep or self.arms[index].drafter in self.broken for index in self.selector.enabled):
@@ -310,12 +318,13 @@ class Run:
 
     def _land(self) -> StepOutput:
         flight, state = self.flights.popleft(), self.state
-        late = flight.letter.is_here()
+        is_late = flight.letter.is_here() and not self._is_on_host(flight.arm)
         news = flight.letter.fetch()  # waits for the device
         now, begun = self.clock(), max(flight.started, self._landed)
-        if late or (self._late and begun > flight.started):  # begun when the host looked, not when the device did
+        behind = self._late and begun > flight.started  # begun when the host looked, not when the device did
+        if (is_late or behind) and self._late < LASTING:
             flight.usual = False
-        seconds, self._landed, self._late = now - begun, now, late
+        seconds, self._landed, self._late = now - begun, now, self._late + 1 if is_late else 0
         rows = [row for row, active in enumerate(map(and_, flight.active, state.active)) if active]
         for text, token_ids in zip(state.texts, news.token_ids, strict=True):
             text.extend(token_ids)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from flashspec.core import FinishReason, Likelihoods, RowStep, TokenLogprobs
 from flashspec.kernels.reference_fused import HEAD  # columns ahead of the tokens
 
-IN_FLIGHT = 2  # steps whose outcome the host has not read: it is one behind the device
+IN_FLIGHT = 2  # steps, at the most, whose outcome the host has not read
 
 _REASONS = tuple(FinishReason)
 _row_step = cache(RowStep)  # most rows do the same: one object for all of them, 0.2 µs a row in place of 1.3
@@ -75,7 +75,7 @@ class Outcome:
 
     packed: Tensor
     logprobs: Logprobs | None = None
-    letters: Iterator[Letter] | None = None
+    letters: deque[Letter] = field(default_factory=deque)
 
     @property
     def token_ids(self) -> Tensor:
@@ -96,9 +96,8 @@ class Outcome:
         outcome is posted again and again, as a graph's is, its letters are used again."""
         if self.packed.device.type == "cpu":
             return Letter(self, None)
-        if self.letters is None:
-            self.letters = cycle([self._letter() for _ in range(IN_FLIGHT)])
-        letter = next(self.letters)
+        letter = self.letters.popleft() if len(self.letters) == IN_FLIGHT else self._letter()
+        self.letters.append(letter)
         letter.write(self)
         return letter
 

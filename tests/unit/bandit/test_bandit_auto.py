@@ -304,6 +304,7 @@ def test_json_round_trip_goes_on_with_the_same_choices() -> None:
     play(selector, responder(Random(4)), 100)
     twin = AutoSelector.from_json(selector.to_json())
     assert twin.expected_rates() == selector.expected_rates()
+    assert twin.to_json() == selector.to_json() and json.loads(twin.to_json())["state"]["lead"] != 0
     assert play(twin, responder(Random(5)), 200) == play(selector, responder(Random(5)), 200)
 
 
@@ -372,6 +373,7 @@ def test_time_lost_in_silence_counts_and_what_was_gained_may_be_spent() -> None:
     for _ in range(5):
         selector.give_way(1, STEP_SECONDS)
     assert {selector.select() for _ in range(50)} == {0}
+    assert 0 not in {selector.select([0]) for _ in range(50)}
     selector.update(5, 8, 8, seconds=STEP_SECONDS)
     assert {selector.select() for _ in range(50)} != {0}
 
@@ -392,6 +394,35 @@ def test_only_rows_that_a_batch_waits_for_are_ahead() -> None:
         selector.update(4, 4, 8, rows=[(4, 4), (4, 0)], critical=critical, seconds=STEP_SECONDS)
         leads.append(json.loads(selector.to_json())["state"]["lead"] / STEP_SECONDS)
     assert leads == pytest.approx([4 + LOSS, LOSS, 2 + LOSS], abs=1e-3)
+
+
+def test_nothing_is_owed_to_plain_decoding_that_is_switched_off() -> None:
+    selector = selector_of()
+    selector.disable(0)
+    for _ in range(200):
+        selector.update(5, 0, 8, seconds=2 * STEP_SECONDS)
+    selector.enable(0)
+    assert {selector.select() for _ in range(50)} != {0}
+
+
+def test_rows_that_are_not_told_apart_are_one() -> None:
+    selector = selector_of()
+    selector.update(4, 2, 8, critical=[True, False], seconds=STEP_SECONDS)
+    assert selector.t == 1
+    assert json.loads(selector.to_json())["state"]["lead"] / STEP_SECONDS == pytest.approx(2 + LOSS, abs=1e-3)
+
+
+def test_rows_of_a_new_batch_all_count_until_it_is_said_which() -> None:
+    survival = survival_of(2)
+    survival.begin(2)
+    survival.wait_for([True, False])
+    survival.begin(2)
+    survival.wait_for([True, False])
+    survival.learn(Feedback(2, 2, 4, ((2, 0), (2, 2)), None, None))
+    alone = survival_of(2)
+    alone.begin(1)
+    alone.learn(Feedback(2, 0, 2, ((2, 0),), None, None))
+    assert survival.moments == alone.moments
 
 
 def test_without_an_arm_that_decodes_plainly_there_is_nothing_to_compare() -> None:

@@ -118,7 +118,10 @@ def test_the_recent_block_is_counted_as_it_moves(window_size):
         if random.random() < 0.05:
             stats.expire(at - random.randint(0, 60))
         recent = stats.window[-SHIFT_BLOCK:]
-        assert stats._recent == (sum(accepted for accepted, _ in recent), sum(drafted for _, drafted in recent))
+        assert stats.copy().shift() == stats.shift() and stats.copy()._recent == (
+            sum(accepted for accepted, _ in recent),
+            sum(drafted for _, drafted in recent),
+        )
 
 
 @pytest.mark.parametrize(("before", "after", "at_most"), [(0.9, 0.1, 24), (0.7, 0.3, 64)])

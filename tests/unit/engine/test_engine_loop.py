@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from flashspec.bandit import AutoSelector
 from flashspec.core import Draft, FinishReason
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
-from flashspec.engine.loop import STAY
+from flashspec.engine.loop import LASTING, STAY
 from flashspec.engine.outcome import Letter, Outcome
 
 TARGET = MarkovModel.random(6, seed=53, max_context=128)
@@ -47,6 +48,10 @@ class Noting(TakingTurns):
         return [(note["arm"], note["seconds"]) for note in self.notes]
 
 
+class OnHost(ScriptedDrafter):
+    on_host = True
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_reading_a_prompt_is_no_step_s_time(lag: int) -> None:
     selector = Noting(2)
@@ -75,30 +80,90 @@ def test_nor_is_time_in_which_the_device_waited_for_the_host(monkeypatch: pytest
     assert [at for at, (_, seconds) in enumerate(selector.heard) if seconds is None][1:] == [3, 4, 7, 8, 9]
 
 
+def test_unless_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letter, "is_here", lambda letter: True)
+    selector = Noting(1)
+    list(open_run(TARGET, [[1]], ["plain"], every_drafter(TARGET), LASTING + 10, selector=selector, lag=1))
+    assert [seconds is not None for _, seconds in selector.heard] == [False] * LASTING + [True] * 10
+
+
+def test_a_drafter_s_time_on_the_host_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letter, "is_here", lambda letter: True)
+    selector, drafters = Noting(2), {"host": OnHost(lambda text, length: [0])}
+    list(open_run(TARGET, [[1]], ["plain", "host:1"], drafters, 40, selector=selector, lag=1))
+    assert {arm for arm, seconds in selector.heard if seconds is not None} == {1}
+    assert [seconds is not None for arm, seconds in selector.heard if arm == 1] == [True] * (len(selector.heard) // 2)
+
+
+class Twice(Noting):
+    """Every arm two times in turn."""
+
+    def _choose(self, arms: Sequence[int]) -> int:
+        return arms[self._n_selected // 2 % len(arms)]
+
+
+class YieldingTwice(Twice):
+    gives_way = True
+
+
+def runs_of(selector: Noting, arm: int) -> list[int]:
+    """How many steps in a row an arm was played, each time but the last."""
+    runs = [(played, len(list(run))) for played, run in groupby(played for played, _ in selector.heard)]
+    return [length for played, length in runs[:-1] if played == arm]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_host_that_keeps_the_device_waiting_decides_less_often(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies that know nothing of time go on as they were."""
+    """What costs nothing stays at once, what drafts when it was decided on twice, and what drafts on the host never.
+    Policies that know nothing of time go on as they were."""
     monkeypatch.setattr(Letter, "is_here", lambda letter: late)
-    for selector, stays in ((Yielding(2), late), (Noting(2), False)):
-        list(open_run(TARGET, [[1]], ["plain", "model:2"], every_drafter(TARGET), 60, selector=selector, lag=1))
-        arms = [arm for arm, _ in selector.heard]
-        runs = [len(list(run)) for _, run in groupby(arms)]
-        assert len(arms) > 20 and max(runs) == (1 + STAY if stays else 1)
+    drafters = every_drafter(TARGET) | {"host": OnHost(lambda text, length: [0])}
+    for selector in (YieldingTwice(2), Twice(2)):
+        stays = STAY if late and selector.gives_way else 0
+        list(open_run(TARGET, [[1]], ["plain", "model:2"], drafters, 110, selector=selector, lag=1))
+        first, *plain = runs_of(selector, 0)  # the very first step comes before any is late
+        assert plain and {*plain} == {2 + 2 * stays} and first <= 2 + 2 * stays
+        assert {*runs_of(selector, 1)} == {2 + stays}
+    selector = YieldingTwice(2)
+    list(open_run(TARGET, [[1]], ["plain", "host:1"], drafters, 110, selector=selector, lag=1))
+    assert {*runs_of(selector, 1)} == {2}
 
 
-def test_an_arm_that_fails_stays_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_an_arm_that_fails_or_is_switched_off_stays_no_longer(
+    switched_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Letter, "is_here", lambda letter: True)
 
-    def fail(text: list[int], length: int) -> list[int]:
+    def draft(text: list[int], length: int) -> list[int]:
         if len(text) > 8:
+            if not switched_off:
+                raise RuntimeError("no more")
+            selector.disable(0)
+        return [0]
+
+    selector, drafters = YieldingFirst(2), every_drafter(TARGET) | {"short": ScriptedDrafter(draft)}
+    with nullcontext() if switched_off else pytest.warns(RuntimeWarning, match="set aside"):
+        outputs = list(open_run(TARGET, [[1]], ["short:1", "plain"], drafters, 40, selector=selector, lag=1))
+    first = next(at for at, (arm, _) in enumerate(selector.heard) if arm == 1)
+    assert {arm for arm, _ in selector.heard[first:]} == {1} and 2 <= first < 10
+    assert len(outputs) - len(selector.heard) == (0 if switched_off else 1)  # nobody is told of the step that failed
+
+
+def test_a_drafter_that_failed_is_not_asked_again_though_it_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letter, "is_here", lambda letter: True)
+    failures = []
+
+    def draft(text: list[int], length: int) -> list[int]:
+        if len(text) > 8:
+            failures.append(len(text))
             raise RuntimeError("no more")
         return [0]
 
-    selector, drafters = Yielding(2), every_drafter(TARGET) | {"failing": ScriptedDrafter(fail)}
+    drafters = every_drafter(TARGET) | {"short": ScriptedDrafter(draft)}
     with pytest.warns(RuntimeWarning, match="set aside"):
-        run = open_run(TARGET, [[1]], ["failing:1", "plain"], drafters, 40, selector=selector, lag=1)
-        assert sum(len(output.news.token_ids[0]) for output in run) >= 39
-    assert [arm for arm, _ in selector.heard][-5:] == [1] * 5
+        list(open_run(TARGET, [[1]], ["short:1"], drafters, 40, selector=Yielding(1), lag=1))
+    assert len(failures) == 1
 
 
 def test_a_letter_is_written_again_and_again() -> None:
@@ -149,7 +214,7 @@ class Yielding(Noting):
     gives_way = True
 
 
-class First(Yielding):
+class YieldingFirst(Yielding):
     """The first arm there is."""
 
     def _choose(self, arms: Sequence[int]) -> int:
@@ -225,7 +290,7 @@ class Hinting(Drafter):
 
 def hinted(lag: int, fault: Exception | None = None) -> tuple[list[int], list[str], Noting, Hinting, list[int]]:
     """The text, the steps, what is told, the drafter, and how many steps were under way at each launch."""
-    selector, drafter, ahead = First(2), Hinting(fault), list[int]()
+    selector, drafter, ahead = YieldingFirst(2), Hinting(fault), list[int]()
     run = open_run(
         TARGET, [[1]], ["hinting:1", "plain"], {"hinting": drafter}, 20, selector=selector, lag=lag, temperature=0
     )
