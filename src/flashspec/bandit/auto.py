@@ -43,7 +43,6 @@ class Survival:
         ends = dict(zip(longest, accumulate(longest.values()), strict=True))
         self._columns = {drafter: slice(ends[drafter] - length, ends[drafter]) for drafter, length in longest.items()}
         self._lengths = {drafter: {n for d, n in arms if d == drafter} for drafter in longest}
-        self._offsets = np.arange(max(longest.values(), default=0))
         self._factors: dict[int, FloatArray] = {}
         self._start(np.zeros((2, sum(longest.values()))), 1)
 
@@ -52,7 +51,6 @@ class Survival:
         self._counts = np.zeros((2, 1 + rows, totals.shape[1]))  # of earlier batches, and of each row
         self._counts[:, 0] = totals
         self._weights = np.ones(1 + rows)  # 1 of earlier batches, 1 or 0 of each row
-        self._critical = [True] * rows
         self._estimate()
 
     @property
@@ -70,12 +68,10 @@ class Survival:
         self._start(totals * np.minimum(1.0, MEMORY / np.maximum(totals[0], 1.0)), rows)
 
     def wait_for(self, critical: Sequence[bool]) -> None:
-        """The rows that count from now on."""
-        if len(critical) != len(self._critical):
+        """The rows that count from the next step that is learned on."""
+        if len(critical) != len(self._weights) - 1:
             self.begin(len(critical))
-        if self._critical != list(critical):
-            self._critical = list(critical)
-            self._weights[1:] = critical
+        self._weights[1:] = critical
 
     def learn(self, step: Feedback) -> None:
         _, length = self._arms[step.arm]
@@ -85,7 +81,7 @@ class Survival:
             accepted = np.array([accepted for _, accepted in rows])
             played = self._counts[:, 1:, self._place(step.arm)]
             played[0] += 1
-            played[1] += accepted[:, None] > self._offsets[:length]
+            played[1] += accepted[:, None] > np.arange(length)
         self._estimate()
 
     def _place(self, arm: int) -> slice:
@@ -268,19 +264,18 @@ class AutoSelector(DraftSelector):
         if critical is not None:
             self._survival.wait_for(critical)
         self._survival.learn(step)
-        self._count(step, self._costs.learn(step.arm, step.seconds, self._fade))
+        seconds = self._costs.learn(step.arm, step.seconds, self._fade)
+        accepted = [step.accepted]
+        if step.rows is not None and critical is not None:
+            accepted = [kept for (_, kept), waited in zip(step.rows, critical, strict=True) if waited]
+        self._count(step.arm, sum(accepted) / max(len(accepted), 1), seconds)
 
-    def _count(self, step: Feedback, seconds: float) -> None:
-        """What a step gained over plain decoding, on average over the rows that a batch waits for."""
+    def _count(self, arm: int, accepted: float, seconds: float) -> None:
+        """What a step gained over plain decoding. accepted: on average over the rows that a batch waits for."""
         if self._plain is None or self._plain not in self._enabled:
             return
-        plain, gained = self._costs.means[self._plain], 0.0
-        if self._arms[step.arm][1]:
-            accepted = [step.accepted]
-            if step.rows is not None:
-                waited = step.critical if step.critical is not None else [True] * len(step.rows)
-                accepted = [row[1] for row, critical in zip(step.rows, waited, strict=True) if critical]
-            gained = plain * (1 + sum(accepted) / max(len(accepted), 1)) - seconds
+        plain = self._costs.means[self._plain]
+        gained = plain * (1 + accepted) - seconds if self._arms[arm][1] else 0.0
         self._lead = min(self._lead + gained + LOSS * plain, LEAD * plain)
 
     def _reset(self) -> None:

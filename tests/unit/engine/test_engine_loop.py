@@ -142,7 +142,7 @@ def test_an_arm_that_fails_or_is_switched_off_stays_no_longer(
             selector.disable(0)
         return [0]
 
-    selector, drafters = YieldingFirst(2), every_drafter(TARGET) | {"short": ScriptedDrafter(draft)}
+    selector, drafters = First(2), every_drafter(TARGET) | {"short": ScriptedDrafter(draft)}
     with nullcontext() if switched_off else pytest.warns(RuntimeWarning, match="set aside"):
         outputs = list(open_run(TARGET, [[1]], ["short:1", "plain"], drafters, 40, selector=selector, lag=1))
     first = next(at for at, (arm, _) in enumerate(selector.heard) if arm == 1)
@@ -214,7 +214,7 @@ class Yielding(Noting):
     gives_way = True
 
 
-class YieldingFirst(Yielding):
+class First(Yielding):
     """The first arm there is."""
 
     def _choose(self, arms: Sequence[int]) -> int:
@@ -290,7 +290,7 @@ class Hinting(Drafter):
 
 def hinted(lag: int, fault: Exception | None = None) -> tuple[list[int], list[str], Noting, Hinting, list[int]]:
     """The text, the steps, what is told, the drafter, and how many steps were under way at each launch."""
-    selector, drafter, ahead = YieldingFirst(2), Hinting(fault), list[int]()
+    selector, drafter, ahead = First(2), Hinting(fault), list[int]()
     run = open_run(
         TARGET, [[1]], ["hinting:1", "plain"], {"hinting": drafter}, 20, selector=selector, lag=lag, temperature=0
     )
