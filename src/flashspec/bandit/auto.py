@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress, groupby
 from math import inf, sqrt
 from random import Random
 from typing import Any
@@ -31,8 +31,7 @@ class Survival:
     A draft of 8 counts for every shorter length too, so all arms of a drafter learn from each of its steps. The rows of
     a batch are counted apart: they differ, and a batch takes as long as those that it has to wait for.
 
-    moments: of each arm, the accepted tokens that are expected, and how far off that may be; worked out with every step
-    and not in `_choose`, whose 50 us it would take.
+    moments: of each arm, the accepted tokens that are expected, and how far off that may be.
     """
 
     def __init__(self, arms: Sequence[tuple[str, int]], fade: float) -> None:
@@ -43,20 +42,21 @@ class Survival:
         ends = dict(zip(longest, accumulate(longest.values()), strict=True))
         self._columns = {drafter: slice(ends[drafter] - length, ends[drafter]) for drafter, length in longest.items()}
         self._lengths = {drafter: {n for d, n in arms if d == drafter} for drafter in longest}
-        self._factors: dict[int, FloatArray] = {}
+        self._factors: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
+        self._depths = np.arange(max(longest.values(), default=0))
         self._start(np.zeros((2, sum(longest.values()))), 1)
 
     def _start(self, totals: FloatArray, rows: int) -> None:
         """totals: tried and kept, (2, columns), of earlier batches."""
-        self._counts = np.zeros((2, 1 + rows, totals.shape[1]))  # of earlier batches, and of each row
-        self._counts[:, 0] = totals
+        self._counts = np.zeros((1 + rows, *totals.shape))  # of earlier batches, and of each row
+        self._counts[0] = totals
         self._weights = np.ones(1 + rows)  # 1 of earlier batches, 1 or 0 of each row
         self._estimate()
 
     @property
     def _totals(self) -> FloatArray:
-        totals: FloatArray = self._weights.dot(self._counts)
-        return totals
+        totals: FloatArray = self._weights.dot(self._counts.reshape(len(self._weights), -1))
+        return totals.reshape(2, -1)
 
     @property
     def drafters(self) -> Collection[str]:
@@ -67,21 +67,21 @@ class Survival:
         totals = self._totals
         self._start(totals * np.minimum(1.0, MEMORY / np.maximum(totals[0], 1.0)), rows)
 
-    def wait_for(self, critical: Sequence[bool]) -> None:
-        """The rows that count from the next step that is learned on."""
-        if len(critical) != len(self._weights) - 1:
-            self.begin(len(critical))
-        self._weights[1:] = critical
-
-    def learn(self, step: Feedback) -> None:
-        _, length = self._arms[step.arm]
-        self._counts *= self._faded(step.arm)
+    def learn(self, arm: int, accepted: Sequence[Sequence[int]], critical: Sequence[bool] | None) -> None:
+        """Steps of an arm, one after the other. accepted: of every row in each of them. critical: which rows count from
+        now on; None: those that did."""
+        length, steps = self._arms[arm][1], len(accepted)
+        if critical is not None:
+            if len(critical) != len(self._weights) - 1:
+                self.begin(len(critical))
+            self._weights[1:] = critical
+        factors, weights = self._faded(arm, steps)
+        self._counts *= factors
         if length:
-            rows = step.rows if step.rows is not None else ((step.drafted, step.accepted),)
-            accepted = np.array([accepted for _, accepted in rows])
-            played = self._counts[:, 1:, self._place(step.arm)]
-            played[0] += 1
-            played[1] += accepted[:, None] > np.arange(length)
+            survived = np.array(accepted)[:, :, None] > self._depths[:length]  # (steps, rows, length)
+            tried, kept = self._counts[1:, :, self._place(arm)].transpose(1, 0, 2)
+            tried += weights[-1]
+            kept += weights[:-1].dot(survived.reshape(steps, -1)).reshape(-1, length)
         self._estimate()
 
     def _place(self, arm: int) -> slice:
@@ -90,12 +90,15 @@ class Survival:
         first = self._columns[drafter].start if length else 0
         return slice(first, first + length)
 
-    def _faded(self, arm: int) -> FloatArray:
-        """As deep as its draft went; further down, and of other drafters, as little as where nothing is played."""
-        if arm not in self._factors:
-            self._factors[arm] = np.full(self._counts.shape[2], IDLE_FADE)
-            self._factors[arm][self._place(arm)] = self._fade
-        return self._factors[arm]
+    def _faded(self, arm: int, steps: int) -> tuple[FloatArray, FloatArray]:
+        """What so many steps of an arm leave of earlier evidence: as deep as its drafts go; further down, and of other
+        drafters, as much as where nothing is played. And what each of the steps weighs by then, and their sum."""
+        if (arm, steps) not in self._factors:
+            factors = np.full(self._counts.shape[2], IDLE_FADE**steps)
+            factors[self._place(arm)] = self._fade**steps
+            weights = [self._fade**age for age in reversed(range(steps))]
+            self._factors[arm, steps] = factors, np.array([*weights, sum(weights)])
+        return self._factors[arm, steps]
 
     def _estimate(self) -> None:
         tried, kept = self._totals.tolist()
@@ -109,13 +112,31 @@ class Survival:
 
     def restore(self, state: dict[str, dict[str, Any]]) -> None:
         """ValueError, TypeError or LookupError where the counts contradict each other."""
-        totals = np.zeros((2, self._counts.shape[2]))
+        totals = np.zeros(self._counts.shape[1:])
         for drafter, place in self._columns.items():
             counts = [[real_number(name, n, 0.0) for n in state[drafter][name]] for name in ("tried", "kept")]
             totals[:, place] = counts
             if len(counts[0]) != place.stop - place.start or (totals[1] > totals[0]).any():
                 raise ValueError(f"{drafter} has as many counts as its longest draft, none kept that was not tried")
         self._start(totals, 1)
+
+
+def _accepted(step: Feedback) -> list[int]:
+    """Of each row."""
+    return [step.accepted] if step.rows is None else [accepted for _, accepted in step.rows]
+
+
+def _waited_for(step: Feedback) -> float:
+    """Tokens accepted on average over the rows that the batch waits for."""
+    accepted = _accepted(step)
+    if step.rows is not None and step.critical is not None:
+        accepted = list(compress(accepted, step.critical))
+    return sum(accepted) / max(len(accepted), 1)
+
+
+def _kind(step: Feedback) -> tuple[int, int]:
+    """Its arm and the number of rows; steps of one kind are learned together."""
+    return step.arm, 1 if step.rows is None else len(step.rows)
 
 
 def _moments(tried: Sequence[float], kept: Sequence[float], lengths: Collection[int]) -> dict[int, tuple[float, float]]:
@@ -146,21 +167,26 @@ class Costs:
         self.totals, self.weights = [0.0] * len(guesses), [0.0] * len(guesses)
         self._estimate()
 
-    def learn(self, arm: int, seconds: float | None, fade: float) -> float:
-        """A step of an arm; None where it says nothing of the time. fade: of what is known of that arm. Returns what of
-        the time counts."""
-        for other in range(len(self._guesses)):
-            factor = fade if other == arm and seconds is not None else IDLE_FADE
-            self.totals[other] *= factor
-            self.weights[other] *= factor
-        if seconds is not None:
-            others = self.means[:arm] + self.means[arm + 1 :]
-            usual = max(self.means[arm], min(others, default=0.0))  # a guess may be far too low
-            seconds = max(min(seconds, 2 * usual), LEAST_SECONDS)
-            self.totals[arm] += seconds
-            self.weights[arm] += 1
+    def learn(self, arm: int, seconds: Sequence[float | None], fade: float) -> float:
+        """Steps of an arm, one after the other; None where one says nothing of the time. fade: of what is known of that
+        arm. Returns what of the time counts."""
+        least = min(self.means[:arm] + self.means[arm + 1 :], default=0.0)  # a guess may be far too low
+        mean, guess = self.means[arm], self._guesses[arm] * self._scale
+        total, weight, counted = self.totals[arm], self.weights[arm], 0.0
+        idle = IDLE_FADE ** len(seconds)
+        self.totals = [total * idle for total in self.totals]
+        self.weights = [weight * idle for weight in self.weights]
+        for second in seconds:
+            if second is None:
+                total, weight = total * IDLE_FADE, weight * IDLE_FADE
+            else:
+                second = max(min(second, 2 * max(mean, least)), LEAST_SECONDS)
+                total, weight = total * fade + second, weight * fade + 1
+            mean = (guess + total) / (1 + weight)
+            counted += mean if second is None else second
+        self.totals[arm], self.weights[arm] = total, weight
         self._estimate()
-        return self.means[arm] if seconds is None else seconds
+        return counted
 
     def restore(self, totals: list[float], weights: list[float]) -> None:
         self.totals, self.weights = totals, weights
@@ -175,9 +201,9 @@ class Costs:
 
     def _estimate(self) -> None:
         guessed = sum(weight * guess for weight, guess in zip(self.weights, self._guesses, strict=True))
-        scale = min(1.0, sum(self.totals) / guessed) if guessed else 1.0
+        self._scale = min(1.0, sum(self.totals) / guessed) if guessed else 1.0
         known = zip(self._guesses, self.totals, self.weights, strict=True)
-        self.means = [(guess * scale + total) / (1 + weight) for guess, total, weight in known]
+        self.means = [(guess * self._scale + total) / (1 + weight) for guess, total, weight in known]
 
 
 class AutoSelector(DraftSelector):
@@ -220,6 +246,7 @@ class AutoSelector(DraftSelector):
         self._survival = Survival(self._arms, self._fade)
         self._costs = Costs([max(guess, LEAST_SECONDS) for guess in self._guesses])
         self._plain = next((arm for arm, (_, length) in enumerate(self._arms) if not length), None)
+        self._heard: list[Feedback] = []  # nothing concluded from it yet
         self._lead = 0.0  # seconds gained over plain decoding, with the share that may be lost
 
     def expected_rates(self) -> list[float]:
@@ -228,6 +255,7 @@ class AutoSelector(DraftSelector):
             return self._rates()
 
     def _rates(self) -> list[float]:
+        self._conclude()
         return [(1 + mean) / cost for (mean, _), cost in zip(self._survival.moments, self._costs.means, strict=True)]
 
     def rival(self, arm: int) -> float:
@@ -237,6 +265,7 @@ class AutoSelector(DraftSelector):
             return max([1.0, *(rates[other] * self._costs.means[arm] for other in others)])
 
     def _choose(self, arms: Sequence[int]) -> int:
+        self._conclude()
         plain = self._plain
         if plain is not None and plain in arms and self._lead < -ALLOWANCE * self._costs.means[plain]:
             return plain
@@ -252,31 +281,37 @@ class AutoSelector(DraftSelector):
         return max(arms, key=sampled_rate)
 
     def _begin(self, rows: int) -> None:
+        self._conclude()
         self._survival.begin(rows)
 
     def _charge(self, arm: int, seconds: float) -> None:
+        self._conclude()
         self._lead -= self._costs.charge(arm, seconds)
 
     def _learn(self, step: Feedback) -> None:
-        critical = step.critical
-        if critical is None and self._arms[step.arm][1]:
-            critical = [True] * (1 if step.rows is None else len(step.rows))
-        if critical is not None:
-            self._survival.wait_for(critical)
-        self._survival.learn(step)
-        seconds = self._costs.learn(step.arm, step.seconds, self._fade)
-        accepted = [step.accepted]
-        if step.rows is not None and critical is not None:
-            accepted = [kept for (_, kept), waited in zip(step.rows, critical, strict=True) if waited]
-        self._count(step.arm, sum(accepted) / max(len(accepted), 1), seconds)
+        self._heard.append(step)
+        if not step.more:
+            self._conclude()
 
-    def _count(self, arm: int, accepted: float, seconds: float) -> None:
-        """What a step gained over plain decoding. accepted: on average over the rows that a batch waits for."""
+    def _conclude(self) -> None:
+        """From what was heard; steps of one arm in a row are worked out at once."""
+        heard, self._heard = self._heard, []
+        for (arm, rows), group in groupby(heard, _kind):
+            steps, critical = list(group), None
+            everyone = [True] * rows if self._arms[arm][1] else None
+            for step in steps:
+                critical = step.critical or everyone or critical
+            self._survival.learn(arm, [_accepted(step) for step in steps], critical)
+            seconds = self._costs.learn(arm, [step.seconds for step in steps], self._fade)
+            self._count(arm, len(steps), sum(map(_waited_for, steps)), seconds)
+
+    def _count(self, arm: int, steps: int, accepted: float, seconds: float) -> None:
+        """What steps gained over plain decoding. accepted: what was waited for, of all of them together."""
         if self._plain is None or self._plain not in self._enabled:
             return
         plain = self._costs.means[self._plain]
-        gained = plain * (1 + accepted) - seconds if self._arms[arm][1] else 0.0
-        self._lead = min(self._lead + gained + LOSS * plain, LEAD * plain)
+        gained = plain * (steps + accepted) - seconds if self._arms[arm][1] else 0.0
+        self._lead = min(self._lead + gained + LOSS * plain * steps, LEAD * plain)
 
     def _reset(self) -> None:
         super()._reset()
@@ -292,6 +327,7 @@ class AutoSelector(DraftSelector):
         }
 
     def _state(self) -> dict[str, Any]:
+        self._conclude()
         return super()._state() | {
             "random": self._random.getstate(),
             "survival": self._survival.state(),

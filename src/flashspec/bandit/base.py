@@ -6,17 +6,15 @@ import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from threading import Lock
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from flashspec.bandit.estimates import ArmStats, real_number, whole_number
 
 Rows = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Feedback:
+class Feedback(NamedTuple):
     """What `DraftSelector.update` was told of a step, checked."""
 
     arm: int
@@ -25,6 +23,7 @@ class Feedback:
     rows: Rows | None
     critical: Sequence[bool] | None
     seconds: float | None
+    more: bool = False
 
 
 # Feedback is at most eight steps late in each of a few threads. A selection still unanswered after this many
@@ -124,14 +123,15 @@ class DraftSelector(ABC):
         rows: Sequence[tuple[int, int]] | None = None,
         critical: Sequence[bool] | None = None,
         seconds: float | None = None,
+        more: bool = False,
     ) -> None:
         """Report one step of `arm`: `accepted` of `drafted` draft tokens, all rows together.
 
         rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which rows the batch
         may have to wait for from now on; None: all. seconds: what the step took. Only policies that know of costs use
-        these. ValueError, and nothing recorded, for an unknown
-        arm, a count that is a bool or a float, accepted outside [0, drafted], rows that do not add up, a `critical`
-        that is not as long, or seconds that are negative or not finite.
+        these. more: another report is expected before the next choice, so that conclusions can wait for it. ValueError,
+        and nothing recorded, for an unknown arm, a count that is a bool or a float, accepted outside [0, drafted], rows
+        that do not add up, a `critical` that is not as long, or seconds that are negative or not finite.
         """
         arm = self._known(arm)
         accepted = whole_number("accepted", accepted)
@@ -147,12 +147,12 @@ class DraftSelector(ABC):
             self._settle(arm)
             if self._window_size:
                 self._move_window(arm)
-            self._learn(Feedback(arm, accepted, drafted, checked_rows, critical, seconds))
+            self._learn(Feedback(arm, accepted, drafted, checked_rows, critical, seconds, more))
 
     def give_way(self, arm: int, seconds: float = 0.0) -> None:
-        """Report that `arm` was selected and had nothing to propose, which took so many seconds: its selection comes to
-        nothing, and another is made for the same step. ValueError for an unknown arm, or seconds that are negative or
-        not finite."""
+        """Report that `arm` was selected and had nothing to propose, by which so many seconds were lost: its selection
+        comes to nothing, and another is made for the same step. ValueError for an unknown arm, or seconds that are
+        negative or not finite."""
         arm, seconds = self._known(arm), real_number("seconds", seconds, 0.0)
         with self._lock:
             self._settle(arm)
@@ -215,7 +215,8 @@ class DraftSelector(ABC):
         """An arm lost time in a step that others took."""
 
     def _learn(self, step: Feedback) -> None:  # noqa: B027
-        """Use a step's checked facts, after the counts and the window have taken them in."""
+        """Use a step's checked facts, after the counts and the window have taken them in; at once, or by the next
+        choice where `step.more`."""
 
     def _reset(self) -> None:
         self._t = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from flashspec.engine.workspace import Workspace
 from flashspec.kernels.checks import check
 from flashspec.models.reader import Reader
 
-STAY = 8  # more steps that an arm is played where the host is late
+STAY = 16  # more steps that an arm is played where the host is late
 LASTING = 16  # late steps in a row: from then on the host's time is what a step takes
 CRITICAL = 0.95  # of what the row that is furthest behind has still to write: such rows end last
 
@@ -48,7 +48,7 @@ class _Flight:
     started: float
     active: list[bool]
     arm_index: int | None  # of the selector's arms
-    lost: float  # seconds that arms took which gave way
+    lost: float  # seconds of it that are charged to arms which gave way
     usual: bool  # whether its time says what such a step takes
 
 
@@ -185,14 +185,14 @@ class Run:
         state.prepare()
         started, reads = self.clock(), state.long_reads  # a prefill is no arm's doing, but what follows waits for it
         usual = not self.lag or bool(self.flights or self._landed)
-        gave_way, lost = list[int](), 0.0
+        gave_way, moment = dict[int, float](), started  # arms, and the time lost by them
         ready = [reader for reader in state.readers if reader.takes_part]
         while True:
             try:
                 outcome = self._attempt(arm_index, arm)
             except DrafterFailed as failure:
                 self._quarantine(arm.drafter, str(failure))
-                arm_index, arm = None, PLAIN
+                arm_index, arm, moment = None, PLAIN, self.clock()
                 continue
             if outcome is not None:
                 break
@@ -200,9 +200,8 @@ class Run:
             for reader in state.readers:
                 if reader not in ready:
                     reader.sits_out()
-            gave_way.append(arm_index)
-            before, lost = lost, self.clock() - started
-            self._untold.append(partial(self.selector.give_way, arm_index, lost - before))
+            silent, before, moment = arm_index, moment, self.clock()
+            gave_way[silent] = moment - before
             arm_index = self._choose(self._asleep(gave_way))
             arm = PLAIN if arm_index is None else self.arms[arm_index]
         counted: set[Reader] = set()
@@ -210,11 +209,14 @@ class Run:
             counted = self._advance(outcome.width)
             state.bound = min(state.bound + outcome.width, state.capacity)
         letter, active = outcome.post(), list(state.active)
+        if gave_way and self.lag and not self._is_on_host(arm):  # for the last one's sake the device idled until now
+            gave_way[silent] += self.clock() - moment
+        self._untold += [partial(self.selector.give_way, *facts) for facts in gave_way.items()]
         if state.long_reads > reads:
             usual = False
             for flight in self.flights:  # which the host lands late
                 flight.usual = False
-        return _Flight(arm, outcome.width, counted, letter, started, active, arm_index, lost, usual)
+        return _Flight(arm, outcome.width, counted, letter, started, active, arm_index, sum(gave_way.values()), usual)
 
     def _goes_on(self) -> bool:
         """Whether a row may be unfinished once all has landed that is under way: a step adds a token at least."""
@@ -228,9 +230,11 @@ class Run:
         if self._stays and self._is_available(self._decided):
             self._stays -= 1
             return self._decided
-        arm_index = self._choose()
-        if arm_index is not None and self._expects_nothing(arm_index):  # the device need not wait for it
-            self.selector.give_way(arm_index)
+        arm_index, before = self._choose(), self.clock()
+        if arm_index is not None and self._expects_nothing(arm_index):
+            asking = self.clock() - before if self._late else 0.0  # free, unless the device has been waiting
+            self.flights[-1].lost += asking
+            self.selector.give_way(arm_index, asking)
             arm_index = self._choose(self._asleep([arm_index]))
         self._stays = 0
         if arm_index is not None:
@@ -248,7 +252,7 @@ class Run:
             return None
         return self.selector.select(asleep) if asleep else self.selector.select()
 
-    def _asleep(self, gave_way: Sequence[int]) -> list[int]:
+    def _asleep(self, gave_way: Iterable[int]) -> list[int]:
         """The arms that have no chance in this step any more: those of drafters that gave way, and those on the host
         while it does not know the text."""
         mute = {self.arms[index].drafter for index in gave_way}
@@ -347,11 +351,13 @@ class Run:
             reader.stale -= flight.width - grown
         if flight.arm_index is None:
             return
-        pairs = None  # a plain step says nothing of its rows
-        if flight.arm.length:
-            pairs = [(0, 0)] * len(state.texts)
-            for row, step in zip(rows, record.rows, strict=True):
-                pairs[row] = step.drafted, step.accepted
+        pairs = critical = None  # a single row is what all of them are together
+        if self._any_drafts and len(state.texts) > 1:
+            critical = self._critical(rows)
+            if flight.arm.length:  # a plain step says nothing of its rows
+                pairs = [(0, 0)] * len(state.texts)
+                for row, step in zip(rows, record.rows, strict=True):
+                    pairs[row] = step.drafted, step.accepted
         self._untold.append(
             partial(
                 self.selector.update,
@@ -359,8 +365,9 @@ class Run:
                 record.accepted,
                 record.drafted,
                 rows=pairs,
-                critical=self._critical(rows) if self._any_drafts else None,
+                critical=critical,
                 seconds=max(record.seconds - flight.lost, 0.0) if flight.usual else None,
+                more=bool(self._stays),
             )
         )
 

@@ -179,7 +179,7 @@ class DecodeState:
     @property
     def chunks(self) -> tuple[int, ...]:
         """Of how many tokens a captured catching up may be."""
-        most = MOST_IN_CHUNK // len(self.tokens) if self.capacity <= MOST_SLOTS else 0
+        most = MOST_IN_CHUNK // self.tokens.shape[0] if self.capacity <= MOST_SLOTS else 0
         return CHUNKS[0], *(size for size in CHUNKS[1:] if size <= most)
 
     def prepare(self) -> None:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from math import sqrt
 from random import Random
+from typing import Any
 
 import pytest
 
 from flashspec.bandit import AutoSelector, DraftSelector, make_selector
 from flashspec.bandit.auto import ALLOWANCE, LEAD, LOSS, Costs, Survival
-from flashspec.bandit.base import Feedback
 from flashspec.bandit.trace import Decision, play
 
 ARMS = [("", 0), ("cheap", 2), ("cheap", 8), ("good", 2), ("good", 4), ("good", 8)]
@@ -86,15 +86,9 @@ def survival_of(longest: int, fade: float = 1.0) -> Survival:
     return Survival([("d", length) for length in range(longest + 1)], fade)
 
 
-def told(length: int, *accepted: int) -> Feedback:
-    """That drafts of so many tokens, one a row, had so many accepted."""
-    rows = tuple((length, kept) for kept in accepted)
-    return Feedback(length, sum(accepted), length * len(rows), rows, None, None)
-
-
 def test_moments_by_hand() -> None:
     survival = survival_of(2)
-    survival.learn(told(2, 1))
+    survival.learn(2, [[1]], None)
     first = (1 + 0.7) / 2
     second = 0.7 * first / 2
     mean = first + second
@@ -108,7 +102,7 @@ def test_moments_by_hand() -> None:
 def test_short_drafts_hardly_fade_what_is_known_of_deep_ones() -> None:
     survival = survival_of(4, fade=0.5)
     survival.restore({"d": {"tried": [10.0] * 4, "kept": [5.0] * 4}})
-    survival.learn(told(2, 0))
+    survival.learn(2, [[0]], None)
     assert survival.state() == {
         "d": {"tried": pytest.approx([6.0, 6.0, 9.99, 9.99]), "kept": pytest.approx([2.5, 2.5, 4.995, 4.995])}
     }
@@ -117,26 +111,61 @@ def test_short_drafts_hardly_fade_what_is_known_of_deep_ones() -> None:
 def test_rows_are_evidence_each_for_itself() -> None:
     by_rows, one_by_one = survival_of(2), survival_of(2)
     by_rows.begin(2)
-    by_rows.learn(told(2, 2, 1))
+    by_rows.learn(2, [[2, 1]], None)
     for accepted in (2, 1):
-        one_by_one.learn(told(2, accepted))
+        one_by_one.learn(2, [[accepted]], None)
     assert by_rows.state()["d"]["kept"] == pytest.approx([2.0, 1.0])
     assert by_rows.moments[2] == pytest.approx(one_by_one.moments[2])
 
 
+def test_conclusions_that_waited_are_those_of_one_report_after_the_other() -> None:
+    at_once, one_by_one = selector_of(window_size=5), selector_of(window_size=5)
+    some, both = [True, False], [True, True]
+    steps: list[Any] = [(4, ((4, 2), (4, 0)), both, 0.015), (4, ((4, 4), (4, 1)), None, 0.3)]
+    steps += [(4, ((4, 0), (4, 3)), some, None), (4, ((4, 1), (4, 1)), some, 0.014)]
+    steps += [(0, None, some, 0.011), (0, None, None, 0.009), (3, ((2, 1), (2, 0)), some, 0.013)]
+    steps += [(3, ((2, 2), (2, 0)), both, 0.012)]
+    for selector in (at_once, one_by_one):
+        selector.begin(2)
+        for arm, rows, critical, seconds in 2 * steps:
+            drafted, accepted = (sum(column) for column in zip(*(rows or [(0, 0)]), strict=True))
+            more = selector is at_once
+            selector.update(arm, accepted, drafted, rows=rows, critical=critical, seconds=seconds, more=more)
+        selector.give_way(2, 0.001)
+    assert at_once.expected_rates() == pytest.approx(one_by_one.expected_rates())
+    states = [json.loads(selector.to_json())["state"] for selector in (at_once, one_by_one)]
+    for known in ("totals", "weights"):
+        assert states[0]["costs"][known] == pytest.approx(states[1]["costs"][known])
+    for drafter, counts in states[1]["survival"].items():
+        assert states[0]["survival"][drafter] == {name: pytest.approx(found) for name, found in counts.items()}
+    assert states[0]["lead"] == pytest.approx(states[1]["lead"], rel=1e-3)
+
+
+@pytest.mark.parametrize("ask", ["select", "expected_rates", "to_json", "rival", "begin"])
+def test_whoever_asks_hears_what_is_concluded_by_then(ask: str) -> None:
+    selector, told_at_once = selector_of(), selector_of()
+    for _ in range(20):
+        selector.update(5, 8, 8, seconds=STEP_SECONDS, more=True)
+        told_at_once.update(5, 8, 8, seconds=STEP_SECONDS)
+    assert len(selector._heard) == 20 and not told_at_once._heard
+    getattr(selector, ask)(*[1] * (ask in ("rival", "begin")))
+    assert not selector._heard
+    assert selector.expected_rates() == pytest.approx(told_at_once.expected_rates(), rel=0.05)
+
+
 def test_one_slow_step_counts_at_most_twice_the_mean() -> None:
     costs = Costs([0.01, 0.01])
-    costs.learn(0, 100.0, 0.5)
+    costs.learn(0, [100.0], 0.5)
     assert costs.means == [pytest.approx(0.015), 0.01]
-    costs.learn(0, None, 0.5)  # slow steps are forgotten, the guess is not
-    assert costs.means[0] == pytest.approx((0.01 + 0.999 * 0.02) / 1.999)
+    counted = costs.learn(0, [None], 0.5)  # slow steps are forgotten, the guess is not
+    assert counted == costs.means[0] == pytest.approx((0.01 + 0.999 * 0.02) / 1.999)
 
 
 def test_an_absurdly_low_guess_is_soon_put_right() -> None:
     costs = Costs([0.01, 1e-9])
-    costs.learn(0, 0.01, 0.99)
+    costs.learn(0, [0.01], 0.99)
     for _ in range(20):
-        costs.learn(1, 0.05, 0.99)
+        costs.learn(1, [0.05], 0.99)
     assert costs.means[1] > 0.04
 
 
@@ -153,7 +182,7 @@ def test_guesses_made_on_a_busy_machine_leave_no_arm_untried() -> None:
 def test_guesses_are_never_raised() -> None:
     costs = Costs([0.01, 0.01])
     for _ in range(50):
-        costs.learn(0, 0.02, 0.99)
+        costs.learn(0, [0.02], 0.99)
     assert costs.means[1] == 0.01
 
 
@@ -415,13 +444,11 @@ def test_rows_that_are_not_told_apart_are_one() -> None:
 def test_rows_of_a_new_batch_all_count_until_it_is_said_which() -> None:
     survival = survival_of(2)
     survival.begin(2)
-    survival.wait_for([True, False])
+    survival.learn(0, [[0]], [True, False])
     survival.begin(2)
-    survival.wait_for([True, False])
-    survival.learn(Feedback(2, 2, 4, ((2, 0), (2, 2)), None, None))
+    survival.learn(2, [[0, 2]], [True, False])
     alone = survival_of(2)
-    alone.begin(1)
-    alone.learn(Feedback(2, 0, 2, ((2, 0),), None, None))
+    alone.learn(2, [[0]], None)
     assert survival.moments == alone.moments
 
 

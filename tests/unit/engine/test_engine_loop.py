@@ -14,7 +14,7 @@ from fakes import MarkovModel, ScriptedDrafter, greedy_text
 from torch import Tensor
 
 from flashspec.bandit import AutoSelector
-from flashspec.core import Draft, FinishReason
+from flashspec.core import Arm, Draft, FinishReason
 from flashspec.drafters.base import DraftContext, Drafter, Proposer
 from flashspec.engine.loop import LASTING, STAY
 from flashspec.engine.outcome import Letter, Outcome
@@ -256,6 +256,63 @@ def test_arms_that_gave_way_are_charged_for_their_time_and_nobody_else_is() -> N
     assert set(selector.heard) == {(1, 0.0)}
 
 
+@pytest.mark.parametrize(("lag", "its_own", "of_the_step"), [(0, 5.0, {3.0}), (1, 8.0, {None, 0.0})])
+def test_a_device_idles_until_the_launch_for_an_arm_that_gives_way(
+    lag: int, its_own: float, of_the_step: set[float | None]
+) -> None:
+    """5 seconds to find out that there is nothing to say, 3 to launch another arm's step, or to take it."""
+    now = [0.0]
+
+    def nothing(text: list[int], length: int) -> list[int]:
+        now[0] += 5
+        return []
+
+    selector = First(2)
+    run = open_run(TARGET, [[1]], ["scripted:2", "plain"], on_host(nothing), 20, selector=selector, lag=lag)
+    run.clock, attempt = lambda: now[0], run._attempt
+
+    def launching(arm_index: int | None, arm: Arm) -> Outcome | None:
+        now[0] += 3 * (not arm.length)
+        return attempt(arm_index, arm)
+
+    run._attempt = launching  # type: ignore[method-assign]
+    list(run)
+    assert len(selector.gave_way) == 20 and set(selector.gave_way) == {(0, its_own)}
+    assert {seconds for _, seconds in selector.heard} == of_the_step
+
+
+def test_another_drafter_on_the_host_has_its_own_time() -> None:
+    now = [0.0]
+
+    def working(seconds: float, draft: list[int]) -> Drafter:
+        def script(text: list[int], length: int) -> list[int]:
+            now[0] += seconds
+            return draft
+
+        return OnHost(script)
+
+    selector, drafters = First(3), {"mute": working(5, []), "slow": working(7, [0])}
+    run = open_run(TARGET, [[1]], ["mute:1", "slow:1", "plain"], drafters, 20, selector=selector, lag=1)
+    run.clock = lambda: now[0]
+    list(run)
+    assert set(selector.gave_way) == {(0, 5.0)} and {seconds for _, seconds in selector.heard} == {None, 7.0}
+
+
+def test_a_drafter_that_fails_is_no_other_s_loss() -> None:
+    now = [0.0]
+
+    def failing(text: list[int], length: int) -> list[int]:
+        now[0] += 7
+        raise RuntimeError("broken")
+
+    selector, drafters = First(3), {"mute": OnHost(lambda text, length: []), "broken": OnHost(failing)}
+    run = open_run(TARGET, [[1]], ["mute:1", "broken:1", "plain"], drafters, 20, selector=selector, lag=1)
+    run.clock = lambda: now[0]
+    with pytest.warns(RuntimeWarning, match="'broken' is set aside"):
+        list(run)
+    assert set(selector.gave_way) == {(0, 0.0)}
+
+
 def test_nobody_is_told_of_a_step_in_which_every_arm_gave_way() -> None:
     selector, drafters = Yielding(1), {"mute": ScriptedDrafter(lambda text, length: [])}
     list(open_run(TARGET, [[1], [2]], ["mute:2"], drafters, 4, selector=selector, temperature=0))
@@ -306,6 +363,37 @@ def test_the_device_waits_only_for_a_host_drafter_that_may_have_something_to_say
     assert arms.count("hinting:1") >= 3 and ahead.count(1) > len(ahead) / 2
     assert ahead.count(0) == 1 + sum(length % 5 >= 3 for length in drafter.asked)
     assert len(selector.gave_way) == len(ahead) - arms.count("hinting:1")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_asking_is_free_while_the_device_works(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letter, "is_here", lambda letter: late)
+    now, selector, drafter = [0.0], First(2), Hinting()
+    run = open_run(TARGET, [[1]], ["hinting:1", "plain"], {"hinting": drafter}, 99, selector=selector, lag=1)
+    run.clock, ask = lambda: now[0], run._expects_nothing
+
+    def asking(arm_index: int) -> bool:
+        now[0] += 2
+        return ask(arm_index)
+
+    run._expects_nothing = asking  # type: ignore[method-assign]
+    list(run)
+    lost, took = [seconds for _, seconds in selector.gave_way], [seconds or 0.0 for _, seconds in selector.heard]
+    assert set(lost) == ({0.0, 2.0} if late else {0.0})
+    assert not late or now[0] / 2 < sum(lost) + sum(took) <= now[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_an_arm_teaches_is_concluded_before_the_next_choice(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report says whether another one comes before a choice, and while an arm stays many do."""
+    monkeypatch.setattr(Letter, "is_here", lambda letter: late)
+    selector, reported = YieldingTwice(1), list[int]()
+    select = selector.select
+    selector.select = lambda *asleep: (reported.append(len(selector.notes)), select(*asleep))[1]  # type: ignore
+    list(open_run(TARGET, [[1]], ["plain"], {}, 2 * STAY + 10, selector=selector, lag=1))
+    more = [note["more"] for note in selector.notes]
+    assert not any(more[count - 1] for count in reported if count)
+    assert more.count(False) <= len(reported) and any(more) == late
 
 
 def test_where_the_host_knows_the_text_it_asks_nobody_what_may_come() -> None:
