@@ -17,9 +17,9 @@ from flashspec.bandit.estimates import real_number, whole_number
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
-# What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, and
-# what they gained before, up to so many.
-LOSS, ALLOWANCE, LEAD = 0.01, 4.0, 20.0
+# What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, of
+# them so many in every new text, and what they gained before, up to so many.
+LOSS, ALLOWANCE, FRESH, LEAD = 0.01, 4.0, 1.0, 20.0
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 FloatArray = NDArray[np.float64]
@@ -214,7 +214,7 @@ class AutoSelector(DraftSelector):
     while others are played, so that an arm that was bad long ago is tried again.
 
     Where drafts have cost more than LOSS, ALLOWANCE and LEAD allow, over what plain decoding would have taken for the
-    same tokens, they wait until plain steps have made up for it.
+    same tokens, they wait until plain steps have made up for it, or for a text of another kind: FRESH.
 
     An arm that gives way has its rate from the steps that it takes, and the time that it lost in others: it goes first
     where what it has to say is worth more than other arms on average, and those come into their own where it is silent.
@@ -283,6 +283,8 @@ class AutoSelector(DraftSelector):
     def _begin(self, rows: int) -> None:
         self._conclude()
         self._survival.begin(rows)
+        if self._plain is not None:
+            self._lead = max(self._lead, (FRESH - ALLOWANCE) * self._costs.means[self._plain])
 
     def _charge(self, arm: int, seconds: float) -> None:
         self._conclude()

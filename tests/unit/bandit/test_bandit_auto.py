@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flashspec.bandit import AutoSelector, DraftSelector, make_selector
-from flashspec.bandit.auto import ALLOWANCE, LEAD, LOSS, Costs, Survival
+from flashspec.bandit.auto import ALLOWANCE, FRESH, LEAD, LOSS, Costs, Survival
 from flashspec.bandit.trace import Decision, play
 
 ARMS = [("", 0), ("cheap", 2), ("cheap", 8), ("good", 2), ("good", 4), ("good", 8)]
@@ -405,6 +405,20 @@ def test_time_lost_in_silence_counts_and_what_was_gained_may_be_spent() -> None:
     assert 0 not in {selector.select([0]) for _ in range(50)}
     selector.update(5, 8, 8, seconds=STEP_SECONDS)
     assert {selector.select() for _ in range(50)} != {0}
+
+
+def test_drafts_that_did_not_suit_one_text_are_tried_in_the_next() -> None:
+    selector = selector_of()
+    play(selector, hopeless, 100)
+    while json.loads(selector.to_json())["state"]["lead"] > -(ALLOWANCE + 2) * STEP_SECONDS:
+        selector.give_way(5, STEP_SECONDS)
+    assert {d.arm for d in play(selector, responder(Random(2)), 64)} == {0}
+    selector.begin(1)
+    assert json.loads(selector.to_json())["state"]["lead"] == pytest.approx((FRESH - ALLOWANCE) * STEP_SECONDS, rel=0.1)
+    assert sum(d.arm > 0 for d in play(selector, responder(Random(2)), 64)) > 30
+    ahead = json.loads(selector.to_json())["state"]["lead"]
+    selector.begin(1)
+    assert json.loads(selector.to_json())["state"]["lead"] == ahead > 0
 
 
 def test_what_was_gained_long_ago_pays_for_no_more_than_a_few_steps() -> None:
