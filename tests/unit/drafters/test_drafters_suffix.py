@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashspec.drafters.suffix import SuffixDrafter, SuffixIndex, Trust
+from flashspec.drafters.suffix import AT_ONCE, SuffixDrafter, SuffixIndex, Trust
 
 
 def context_of(
@@ -149,3 +149,30 @@ def test_the_longer_match_wins_between_own_text_and_memory() -> None:
 def test_bad_sizes_are_refused(min_match: int, max_match: int) -> None:
     with pytest.raises(ValueError, match="min_match"):
         SuffixDrafter(min_match, max_match)
+
+
+def test_a_long_text_is_read_piece_by_piece_while_the_device_works() -> None:
+    texts = [[*range(AT_ONCE), *range(AT_ONCE)], [5, 6, 7, 5, 6]]
+    context, drafter = context_of(*texts), SuffixDrafter()
+    proposer = drafter.start(context)
+    assert [proposer.expects_nothing(context, 8) for _ in range(3)] == [True, False, False]
+    assert proposer.indexed == [2 * AT_ONCE, 5]  # type: ignore[attr-defined]
+    assert drafts(SuffixDrafter(), *texts) == proposer._drafts(context, 8)  # type: ignore[attr-defined]
+
+
+def test_the_longest_text_is_read_within_a_few_steps() -> None:
+    context = context_of([*range(40 * AT_ONCE)])
+    proposer, read = SuffixDrafter().start(context), [1]
+    while read[-1] < 40 * AT_ONCE:
+        assert proposer.expects_nothing(context, 8)
+        read += proposer.indexed  # type: ignore[attr-defined]
+    assert read[1] == 1 + (40 * AT_ONCE - 1) // 4 and len(read) < 16
+
+
+def test_what_is_asked_for_waits_for_all_of_a_text() -> None:
+    text = [1, 2, *range(10, 10 + 3 * AT_ONCE), 1]
+    context = context_of(text)
+    proposer = SuffixDrafter().start(context)
+    assert proposer.expects_nothing(context, 8)
+    proposer.prepare(context)
+    assert proposer.propose(context, 8).token_ids[0].tolist()[:2] == [2, 10]
