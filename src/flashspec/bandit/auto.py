@@ -126,9 +126,8 @@ def _accepted(step: Feedback) -> list[int]:
     return [step.accepted] if step.rows is None else [accepted for _, accepted in step.rows]
 
 
-def _waited_for(step: Feedback) -> float:
-    """Tokens accepted on average over the rows that the batch waits for."""
-    accepted = _accepted(step)
+def _waited_for(step: Feedback, accepted: list[int]) -> float:
+    """The average over the rows that the batch waits for. accepted: of each row."""
     if step.rows is not None and step.critical is not None:
         accepted = list(compress(accepted, step.critical))
     return sum(accepted) / max(len(accepted), 1)
@@ -303,9 +302,10 @@ class AutoSelector(DraftSelector):
             everyone = [True] * rows if self._arms[arm][1] else None
             for step in steps:
                 critical = step.critical or everyone or critical
-            self._survival.learn(arm, [_accepted(step) for step in steps], critical)
+            accepted = [_accepted(step) for step in steps]
+            self._survival.learn(arm, accepted, critical)
             seconds = self._costs.learn(arm, [step.seconds for step in steps], self._fade)
-            self._count(arm, len(steps), sum(map(_waited_for, steps)), seconds)
+            self._count(arm, len(steps), sum(map(_waited_for, steps, accepted)), seconds)
 
     def _count(self, arm: int, steps: int, accepted: float, seconds: float) -> None:
         """What steps gained over plain decoding. accepted: what was waited for, of all of them together."""

@@ -146,7 +146,8 @@ class Run:
         self._landed = 0.0  # when the last flight did
         self._late = 0  # how many in a row the device was done with by then, so that the time may be the host's
         self._decided, self._stays = 0, 0  # an arm, and for how many more steps
-        self._any_drafts = any(arm.length for arm in arms)
+        # One row is what all of them are together.
+        self._tells_rows_apart = len(state.texts) > 1 and any(arm.length for arm in arms)
         selector.begin(len(state.texts))
         for drafter in drafters.values():
             state.record_features(drafter.feature_layers)
@@ -351,8 +352,8 @@ class Run:
             reader.stale -= flight.width - grown
         if flight.arm_index is None:
             return
-        pairs = critical = None  # a single row is what all of them are together
-        if self._any_drafts and len(state.texts) > 1:
+        pairs = critical = None
+        if self._tells_rows_apart:
             critical = self._critical(rows)
             if flight.arm.length:  # a plain step says nothing of its rows
                 pairs = [(0, 0)] * len(state.texts)
