@@ -16,23 +16,34 @@ from flashspec.engine.loop import Run
 def assert_no_step_synchronises(
     engine: SpeculativeEngine, prompts: Sequence[Sequence[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two answers of 60 tokens; in the second every step behind the prefill may not."""
+    """Two answers of 60 tokens; in the second nothing that leads to a step may, behind the prefill: neither choosing
+    its arm, launching it nor telling the selector of earlier ones."""
     engine.generate(prompts, 60)
-    launch, strict = Run._launch, [0]
+    strict = dict.fromkeys(("_decide", "_launch", "_tell"), 0)
 
-    def strictly(self: Run, *arguments: Any) -> Any:
-        if not self.flights and not any(len(text) > len(p) for text, p in zip(self.state.texts, prompts, strict=False)):
-            return launch(self, *arguments)  # a prefill may
-        strict[0] += 1
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return launch(self, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def strictly(name: str) -> None:
+        work = getattr(Run, name)
 
-    monkeypatch.setattr(Run, "_launch", strictly)
+        def wrapped(self: Run, *arguments: Any) -> Any:
+            if not self.flights and not any(map(longer, self.state.texts, prompts)):
+                return work(self, *arguments)  # a prefill may
+            strict[name] += 1
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return work(self, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(Run, name, wrapped)
+
+    for name in strict:
+        strictly(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # a drafter that fails, or cannot be captured, warns
         result = engine.generate(prompts, 60)
     assert (result.output_ids >= 0).sum(1).tolist() == [60] * len(prompts)
-    assert strict[0] > 5
+    assert min(strict.values()) > 5
+
+
+def longer(text: Sequence[int], prompt: Sequence[int]) -> bool:
+    return len(text) > len(prompt)

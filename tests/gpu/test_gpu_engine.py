@@ -345,6 +345,14 @@ class Asking(Drafter):
         return Proposes()
 
 
+@pytest.mark.filterwarnings("ignore:.*without a CUDA graph")
+def test_a_step_that_synchronises_is_found(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0})
+    engine = SpeculativeEngine(config, [Asking()], load_model(target), TakingTurns(2), arms=["plain", "asking:2"])
+    with pytest.raises((RuntimeError, RuntimeWarning), match="synchroniz"):
+        assert_no_step_synchronises(engine, PROMPTS, monkeypatch)
+
+
 def test_other_arms_are_captured_beside_one_with_host_logic(target: Any, near: ModelDrafter) -> None:
     config, arms = FlashSpecConfig(device="cuda", sampling={"temperature": 0.0}), ["plain", "asking:2", "near:2"]
     engine = SpeculativeEngine(config, [Asking(), near], load_model(target), TakingTurns(3), arms=arms)

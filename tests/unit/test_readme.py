@@ -59,6 +59,12 @@ def same_texts(method: str) -> list[float]:
     return [min(shares), max(shares)]
 
 
+def idle(arms: str, target: str) -> float:
+    """Microseconds a step."""
+    (found,) = [row for row in rows("gaps-h200.json", arms=arms) if row["target"].startswith(target)]
+    return float(found["idle_microseconds"])
+
+
 def by_set(file: str, method: str) -> list[float]:
     return [row["acceptance_length"] for row in rows(file, method=method)]
 
@@ -90,6 +96,7 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: over_plain("batches-8b-h200.json", "ngram:4")),
     (rf"`auto` {THREE} times plain\s+decoding, `ngram:4`", lambda: over_plain("text-135m-t07-h200.json", "auto")),
     (rf"decoding, `ngram:4` {THREE} \(`text", lambda: over_plain("text-135m-t07-h200.json", "ngram:4")),
+    (r"idle for ([\d.]+) µs \(`gaps", lambda: [round(idle("suffix:15", "8B"), -1)]),
     (rf"to find that out: {THREE},", lambda: over_plain("transformers-135m-t07-h200.json", "auto@arms")),
     (rf"where `ngram:4` had {THREE} \(`trans", lambda: over_plain("transformers-135m-t07-h200.json", "ngram:4")),
 ]

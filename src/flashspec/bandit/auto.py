@@ -17,9 +17,9 @@ from flashspec.bandit.estimates import real_number, whole_number
 PRIOR_STEP = 0.7  # before evidence, a draft that survived k tokens survives the next with this chance
 MEMORY = 100  # steps of a drafter after which its evidence weighs 1/e: a text can turn from prose into a list
 IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all steps went to arms known to be bad
-# What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, of
-# them so many in every new text, and what they gained before, up to so many.
-LOSS, ALLOWANCE, FRESH, LEAD = 0.01, 4.0, 1.0, 20.0
+# What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, and
+# what they gained before, up to so many. In a new batch as large a share of the one before, up to so many steps.
+LOSS, ALLOWANCE, LEAD, FRESH = 0.01, 4.0, 20.0, 1.0
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 FloatArray = NDArray[np.float64]
@@ -213,7 +213,8 @@ class AutoSelector(DraftSelector):
     while others are played, so that an arm that was bad long ago is tried again.
 
     Where drafts have cost more than LOSS, ALLOWANCE and LEAD allow, over what plain decoding would have taken for the
-    same tokens, they wait until plain steps have made up for it, or for a text of another kind: FRESH.
+    same tokens, they wait until plain steps have made up for it, or for a new batch, whose text may be of another kind:
+    FRESH. So does a draft that would cost more than is left, should nothing of it be kept.
 
     An arm that gives way has its rate from the steps that it takes, and the time that it lost in others: it goes first
     where what it has to say is worth more than other arms on average, and those come into their own where it is silent.
@@ -247,6 +248,7 @@ class AutoSelector(DraftSelector):
         self._plain = next((arm for arm, (_, length) in enumerate(self._arms) if not length), None)
         self._heard: list[Feedback] = []  # nothing concluded from it yet
         self._lead = 0.0  # seconds gained over plain decoding, with the share that may be lost
+        self._begun = 0  # the round before this batch
 
     def expected_rates(self) -> list[float]:
         """Each arm's estimated tokens per second, exploration aside."""
@@ -265,9 +267,6 @@ class AutoSelector(DraftSelector):
 
     def _choose(self, arms: Sequence[int]) -> int:
         self._conclude()
-        plain = self._plain
-        if plain is not None and plain in arms and self._lead < -ALLOWANCE * self._costs.means[plain]:
-            return plain
         # The lengths of a drafter share their evidence.
         luck = {drafter: self._random.gauss(0.0, 1.0) for drafter in self._survival.drafters}
 
@@ -277,13 +276,19 @@ class AutoSelector(DraftSelector):
             accepted = mean + luck.get(drafter, 0.0) * deviation
             return (1 + min(length, max(0.0, accepted))) / self._costs.means[arm]
 
-        return max(arms, key=sampled_rate)
+        arm, plain, seconds = max(arms, key=sampled_rate), self._plain, self._costs.means
+        if plain is None or plain not in arms:
+            return arm
+        least = seconds[arm] - (1 + ALLOWANCE) * seconds[plain]  # the lead that covers a draft of which nothing is kept
+        return plain if self._lead < min(0.0, least) else arm
 
     def _begin(self, rows: int) -> None:
         self._conclude()
         self._survival.begin(rows)
         if self._plain is not None:
-            self._lead = max(self._lead, (FRESH - ALLOWANCE) * self._costs.means[self._plain])
+            fresh = min(LOSS * (self._t - self._begun), FRESH)
+            self._lead = max(self._lead, (fresh - ALLOWANCE) * self._costs.means[self._plain])
+        self._begun = self._t
 
     def _charge(self, arm: int, seconds: float) -> None:
         self._conclude()
@@ -335,6 +340,7 @@ class AutoSelector(DraftSelector):
             "survival": self._survival.state(),
             "costs": {"totals": self._costs.totals, "weights": self._costs.weights},
             "lead": self._lead,
+            "begun": self._begun,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -348,3 +354,4 @@ class AutoSelector(DraftSelector):
             raise ValueError(f"costs describe {len(totals)} and {len(weights)} arms, n_arms is {self._n_arms}")
         self._costs.restore(totals, weights)
         self._lead = real_number("lead", state["lead"], -inf)
+        self._begun = whole_number("begun", state["begun"])

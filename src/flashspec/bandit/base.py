@@ -128,10 +128,11 @@ class DraftSelector(ABC):
         """Report one step of `arm`: `accepted` of `drafted` draft tokens, all rows together.
 
         rows: (drafted, accepted) of every row of the batch, adding up to the totals. critical: which rows the batch
-        may have to wait for from now on; None: all. seconds: what the step took. Only policies that know of costs use
-        these. more: another report is expected before the next choice, so that conclusions can wait for it. ValueError,
-        and nothing recorded, for an unknown arm, a count that is a bool or a float, accepted outside [0, drafted], rows
-        that do not add up, a `critical` that is not as long, or seconds that are negative or not finite.
+        may have to wait for from now on; None: all, or behind a plain step those that it was. seconds: what the step
+        took. Only policies that know of costs use these. more: another report is expected before the next choice, so
+        that conclusions can wait for it. ValueError, and nothing recorded, for an unknown arm, a count that is a bool
+        or a float, accepted outside [0, drafted], rows that do not add up, a `critical` that is not as long, or seconds
+        that are negative or not finite.
         """
         arm = self._known(arm)
         accepted = whole_number("accepted", accepted)

@@ -44,8 +44,9 @@ def run(
     of a ratio was not among the methods.
     acceptance_per_position: of the draft tokens at each position, the share that was accepted. device None: what the
     machine has. drafters: names, ids, folders of models or heads, GGUF files; none of them: the default ones. methods:
-    as `make_method` has them. first_call_seconds: of the first call of a method in the run, which is no take: it
-    compiles, captures, warms up. It stands in the row of the first prompts and batch size; null in all others.
+    as `make_method` has them. Ahead of each set and batch size every method decodes the longest batch once, which is no
+    take: it compiles, captures, warms up, and a selector learns from it as from all. first_call_seconds: of the first
+    of these calls; it stands in the row of the first prompts and batch size; null in all others.
     shape: widen the target to it, and the heads with it."""
     single = [name for name in methods if name in ("hf-lookup", "hf-assisted")]
     if single and max(batch_sizes) > 1:

@@ -21,13 +21,18 @@ from flashspec.bench.shapes import SHAPES, Shape
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def measure_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, measuring a CPU by the clock, in a hurry."""
-    spec = spec_from_file_location("measure_gpu", ROOT / "benchmarks" / "measure_gpu.py")
+def script(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def measure_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, measuring a CPU by the clock, in a hurry."""
+    module = script("measure_gpu")
     run, here = steps.run, {"device": "cpu", "dtype": "float32", "context": 64, "new_tokens": 8, "replays": 1}
     monkeypatch.setattr(steps, "run", lambda *arguments, **options: run(*arguments, **options | here | {"calls": 1}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA ABC 1")
@@ -53,6 +58,19 @@ def test_every_head_of_the_package_has_arms(measure_gpu: ModuleType) -> None:
 
     assert {folder.name.rpartition("-")[2] for folder in FOLDER.iterdir()} == set(measure_gpu.SHIPPED)
     assert set(measure_gpu.SHIPPED) <= set(measure_gpu.HEADS)
+
+
+@pytest.mark.parametrize(
+    ("spans", "busy", "gaps"),
+    [
+        ([(0, 5)], 5, []),
+        ([(7, 9), (0, 5)], 7, [2]),
+        ([(0, 5), (1, 2), (4, 6), (6, 8)], 8, []),
+        ([(0, 10), (2, 3), (12, 13), (20, 21)], 12, [2, 7]),
+    ],
+)
+def test_kernels_that_overlap_are_busy_once(spans: list[tuple[float, float]], busy: float, gaps: list[float]) -> None:
+    assert script("measure_gpu_gaps").idle(spans) == (busy, gaps)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not shutil.which("make"), reason="there is a GPU, or no make")
