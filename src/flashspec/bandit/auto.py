@@ -20,6 +20,7 @@ IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all 
 # What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, and
 # what they gained before, up to so many. In a new batch as large a share of the one before, up to so many steps.
 LOSS, ALLOWANCE, LEAD, FRESH = 0.01, 4.0, 20.0, 1.0
+COSTS = ("totals", "lost", "weights")
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 FloatArray = NDArray[np.float64]
@@ -159,42 +160,44 @@ class Costs:
 
     guesses: where steps turn out to be quicker, the guesses of all arms are too slow by as much. A busy machine when
     they are measured would otherwise leave one arm the quickest for ever.
+    own: of the steps that an arm took itself. means: with what it lost in others, spread over these.
     """
 
     def __init__(self, guesses: Sequence[float]) -> None:
         self._guesses = guesses
-        self.totals, self.weights = [0.0] * len(guesses), [0.0] * len(guesses)
+        self.totals, self.lost, self.weights = ([0.0] * len(guesses) for _ in range(3))
         self._estimate()
 
     def learn(self, arm: int, seconds: Sequence[float | None], fade: float) -> float:
         """Steps of an arm, one after the other; None where one says nothing of the time. fade: of what is known of that
         arm. Returns what of the time counts."""
-        least = min(self.means[:arm] + self.means[arm + 1 :], default=0.0)  # a guess may be far too low
-        mean, guess = self.means[arm], self._guesses[arm] * self._scale
-        total, weight, counted = self.totals[arm], self.weights[arm], 0.0
+        least = min(self.own[:arm] + self.own[arm + 1 :], default=0.0)  # a guess may be far too low
+        mean, guess = self.own[arm], self._guesses[arm] * self._scale
+        total, lost, weight, counted = self.totals[arm], self.lost[arm], self.weights[arm], 0.0
         idle = IDLE_FADE ** len(seconds)
         self.totals = [total * idle for total in self.totals]
+        self.lost = [lost * idle for lost in self.lost]
         self.weights = [weight * idle for weight in self.weights]
         for second in seconds:
-            if second is None:
-                total, weight = total * IDLE_FADE, weight * IDLE_FADE
-            else:
+            kept = IDLE_FADE if second is None else fade
+            total, lost, weight = total * kept, lost * kept, weight * kept
+            if second is not None:
                 second = max(min(second, 2 * max(mean, least)), LEAST_SECONDS)
-                total, weight = total * fade + second, weight * fade + 1
+                total, weight = total + second, weight + 1
             mean = (guess + total) / (1 + weight)
             counted += mean if second is None else second
-        self.totals[arm], self.weights[arm] = total, weight
+        self.totals[arm], self.lost[arm], self.weights[arm] = total, lost, weight
         self._estimate()
         return counted
 
-    def restore(self, totals: list[float], weights: list[float]) -> None:
-        self.totals, self.weights = totals, weights
+    def restore(self, totals: list[float], lost: list[float], weights: list[float]) -> None:
+        self.totals, self.lost, self.weights = totals, lost, weights
         self._estimate()
 
     def charge(self, arm: int, seconds: float) -> float:
         """An arm lost time in a step that others took; returns what of it counts."""
         seconds = min(seconds, self.means[arm])
-        self.totals[arm] += seconds
+        self.lost[arm] += seconds
         self._estimate()
         return seconds
 
@@ -202,7 +205,9 @@ class Costs:
         guessed = sum(weight * guess for weight, guess in zip(self.weights, self._guesses, strict=True))
         self._scale = min(1.0, sum(self.totals) / guessed) if guessed else 1.0
         known = zip(self._guesses, self.totals, self.weights, strict=True)
-        self.means = [(guess * self._scale + total) / (1 + weight) for guess, total, weight in known]
+        self.own = [(guess * self._scale + total) / (1 + weight) for guess, total, weight in known]
+        means = zip(self.own, self.lost, self.weights, strict=True)
+        self.means = [own + lost / (1 + weight) for own, lost, weight in means]
 
 
 class AutoSelector(DraftSelector):
@@ -263,7 +268,7 @@ class AutoSelector(DraftSelector):
         with self._lock:
             rates = self._rates()
             others = [other for other in self._enabled if self._arms[other][0] != self._arms[arm][0]]
-            return max([1.0, *(rates[other] * self._costs.means[arm] for other in others)])
+            return max([1.0, *(rates[other] * self._costs.own[arm] for other in others)])
 
     def _choose(self, arms: Sequence[int]) -> int:
         self._conclude()
@@ -338,7 +343,7 @@ class AutoSelector(DraftSelector):
         return super()._state() | {
             "random": self._random.getstate(),
             "survival": self._survival.state(),
-            "costs": {"totals": self._costs.totals, "weights": self._costs.weights},
+            "costs": {name: getattr(self._costs, name) for name in COSTS},
             "lead": self._lead,
             "begun": self._begun,
         }
@@ -349,9 +354,9 @@ class AutoSelector(DraftSelector):
         gauss = None if gauss is None else real_number("random", gauss, -inf)
         self._random.setstate((version, tuple(words), gauss))
         self._survival.restore(state["survival"])
-        totals, weights = ([real_number(name, n, 0.0) for n in state["costs"][name]] for name in ("totals", "weights"))
-        if not len(totals) == len(weights) == self._n_arms:
-            raise ValueError(f"costs describe {len(totals)} and {len(weights)} arms, n_arms is {self._n_arms}")
-        self._costs.restore(totals, weights)
+        costs = [[real_number(name, n, 0.0) for n in state["costs"][name]] for name in COSTS]
+        if {*map(len, costs)} != {self._n_arms}:
+            raise ValueError(f"costs describe {[*map(len, costs)]} arms, n_arms is {self._n_arms}")
+        self._costs.restore(*costs)
         self._lead = real_number("lead", state["lead"], -inf)
         self._begun = whole_number("begun", state["begun"])

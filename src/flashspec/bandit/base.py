@@ -110,8 +110,8 @@ class DraftSelector(ABC):
             return arm
 
     def rival(self, arm: int) -> float:
-        """What the best arm of another drafter is expected to yield, in tokens for the time of a step of `arm`; for
-        policies that know nothing of it 1.0, the least that any step does."""
+        """What the best arm of another drafter is expected to yield, in tokens for the time of a step that `arm`
+        takes itself; for policies that know nothing of it 1.0, the least that any step does."""
         return 1.0
 
     def update(

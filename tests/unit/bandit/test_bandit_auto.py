@@ -370,6 +370,18 @@ def test_a_rival_is_the_best_arm_of_another_drafter_in_the_time_of_a_step() -> N
     assert selector.rival(1) == pytest.approx(max(rates[3:5]) * seconds[1])
 
 
+def test_silence_makes_an_arm_dearer_and_what_it_has_to_beat_no_more() -> None:
+    """It would never speak again otherwise."""
+    selector = selector_of()
+    play(selector, responder(Random(8)), 100)
+    rival, rate = selector.rival(1), selector.expected_rates()[1]
+    for _ in range(100):
+        selector.give_way(1, STEP_SECONDS / 2)
+    assert selector.rival(1) == rival and selector.expected_rates()[1] < 0.8 * rate
+    selector.update(1, 2, 2, seconds=seconds_of(1))
+    assert selector.rival(1) < 1.1 * rival
+
+
 def test_an_arm_whose_first_step_was_slow_gets_its_chance() -> None:
     arms = [("worse", 4), ("better", 4)]
     chance, random = [0.5, 0.8], Random(3)
