@@ -196,7 +196,7 @@ class Costs:
 
     def charge(self, arm: int, seconds: float) -> float:
         """An arm lost time in a step that others took; returns what of it counts."""
-        seconds = min(seconds, self.means[arm])
+        seconds = min(seconds, self.own[arm])
         self.lost[arm] += seconds
         self._estimate()
         return seconds
