@@ -43,6 +43,7 @@ def span(file: str, figure: str, **wanted: Any) -> list[float]:
 
 
 STEPS, START = "steps-8b-h200.json", "start-8b-h200.json"
+WIDENED = "8B-shaped (widened SmolLM2-135M)"
 OURS = {"part": "forward", "method": "flashspec"}
 THREE, FIVE = (" / ".join(count * [r"([\d.]+)"]) for count in (3, 5))
 
@@ -57,12 +58,6 @@ def same_texts(method: str) -> list[float]:
     several = [row for row in rows("batches-8b-h200.json", method=method) if row["batch_size"] > 1]
     shares = [100 * row["same_text_as_plain"] for row in several]
     return [min(shares), max(shares)]
-
-
-def idle(arms: str, target: str) -> float:
-    """Microseconds a step."""
-    (found,) = [row for row in rows("gaps-h200.json", arms=arms) if row["target"].startswith(target)]
-    return float(found["idle_microseconds"])
 
 
 def by_set(file: str, method: str) -> list[float]:
@@ -96,7 +91,10 @@ CLAIMS: list[tuple[str, Callable[[], list[float]]]] = [  # a sentence's numbers 
     (rf"decoding, `ngram:4` {FIVE} \(`batches", lambda: over_plain("batches-8b-h200.json", "ngram:4")),
     (rf"`auto` {THREE} times plain\s+decoding, `ngram:4`", lambda: over_plain("text-135m-t07-h200.json", "auto")),
     (rf"decoding, `ngram:4` {THREE} \(`text", lambda: over_plain("text-135m-t07-h200.json", "ngram:4")),
-    (r"idle for ([\d.]+) µs \(`gaps", lambda: [round(idle("suffix:15", "8B"), -1)]),
+    (
+        r"idle for ([\d.]+) µs \(`gaps",
+        lambda: [round(the("gaps-h200.json", "idle_microseconds", arms="suffix:15", target=WIDENED), -1)],
+    ),
     (rf"to find that out: {THREE},", lambda: over_plain("transformers-135m-t07-h200.json", "auto@arms")),
     (rf"where `ngram:4` had {THREE} \(`trans", lambda: over_plain("transformers-135m-t07-h200.json", "ngram:4")),
 ]

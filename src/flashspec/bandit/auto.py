@@ -20,7 +20,6 @@ IDLE_FADE = 0.999  # a step that brings no evidence: with 0.99 a quarter of all 
 # What drafts may cost where they do not pay, as far as their time counts: this share of it, so many plain steps, and
 # what they gained before, up to so many. In a new batch as large a share of the one before, up to so many steps.
 LOSS, ALLOWANCE, LEAD, FRESH = 0.01, 4.0, 20.0, 1.0
-COSTS = ("totals", "lost", "weights")
 LEAST_SECONDS = 1e-9  # no step is free: a cost of 0 would divide by 0
 
 FloatArray = NDArray[np.float64]
@@ -190,10 +189,6 @@ class Costs:
         self._estimate()
         return counted
 
-    def restore(self, totals: list[float], lost: list[float], weights: list[float]) -> None:
-        self.totals, self.lost, self.weights = totals, lost, weights
-        self._estimate()
-
     def charge(self, arm: int, seconds: float) -> float:
         """An arm lost time in a step that others took; returns what of it counts."""
         seconds = min(seconds, self.own[arm])
@@ -208,6 +203,18 @@ class Costs:
         self.own = [(guess * self._scale + total) / (1 + weight) for guess, total, weight in known]
         means = zip(self.own, self.lost, self.weights, strict=True)
         self.means = [own + lost / (1 + weight) for own, lost, weight in means]
+
+    def state(self) -> dict[str, list[float]]:
+        """As JSON values."""
+        return {"totals": self.totals, "lost": self.lost, "weights": self.weights}
+
+    def restore(self, state: dict[str, list[Any]]) -> None:
+        """ValueError, TypeError or LookupError where it is not of these arms."""
+        found = [[real_number(name, n, 0.0) for n in state[name]] for name in self.state()]
+        if {*map(len, found)} != {len(self._guesses)}:
+            raise ValueError(f"costs describe {[*map(len, found)]} arms, there are {len(self._guesses)}")
+        self.totals, self.lost, self.weights = found
+        self._estimate()
 
 
 class AutoSelector(DraftSelector):
@@ -343,7 +350,7 @@ class AutoSelector(DraftSelector):
         return super()._state() | {
             "random": self._random.getstate(),
             "survival": self._survival.state(),
-            "costs": {name: getattr(self._costs, name) for name in COSTS},
+            "costs": self._costs.state(),
             "lead": self._lead,
             "begun": self._begun,
         }
@@ -354,9 +361,6 @@ class AutoSelector(DraftSelector):
         gauss = None if gauss is None else real_number("random", gauss, -inf)
         self._random.setstate((version, tuple(words), gauss))
         self._survival.restore(state["survival"])
-        costs = [[real_number(name, n, 0.0) for n in state["costs"][name]] for name in COSTS]
-        if {*map(len, costs)} != {self._n_arms}:
-            raise ValueError(f"costs describe {[*map(len, costs)]} arms, n_arms is {self._n_arms}")
-        self._costs.restore(*costs)
+        self._costs.restore(state["costs"])
         self._lead = real_number("lead", state["lead"], -inf)
         self._begun = whole_number("begun", state["begun"])

@@ -50,6 +50,11 @@ def selector_of(seed: int = 0, arms=ARMS, seconds=None, **options) -> AutoSelect
     return AutoSelector(len(arms), arms, seconds or [STEP_SECONDS] * len(arms), seed=seed, **options)
 
 
+def lead_of(selector: DraftSelector) -> float:
+    lead: float = json.loads(selector.to_json())["state"]["lead"]
+    return lead
+
+
 def achieved(decisions: list[Decision]) -> float:
     """Tokens per second of what was played."""
     return sum(1 + d.accepted for d in decisions) / sum(d.seconds or 0.0 for d in decisions)
@@ -130,6 +135,7 @@ def test_conclusions_that_waited_are_those_of_one_report_after_the_other() -> No
     steps += [(3, ((2, 2), (2, 0)), both, 0.012)]
     for selector in (at_once, one_by_one):
         selector.begin(2)
+        selector.give_way(4, 0.001)
         for arm, rows, critical, seconds in 2 * steps:
             drafted, accepted = (sum(column) for column in zip(*(rows or [(0, 0)]), strict=True))
             more = selector is at_once
@@ -137,7 +143,7 @@ def test_conclusions_that_waited_are_those_of_one_report_after_the_other() -> No
         selector.give_way(2, 0.001)
     assert at_once.expected_rates() == pytest.approx(one_by_one.expected_rates())
     states = [json.loads(selector.to_json())["state"] for selector in (at_once, one_by_one)]
-    for known in ("totals", "weights"):
+    for known in ("totals", "lost", "weights"):
         assert states[0]["costs"][known] == pytest.approx(states[1]["costs"][known])
     for drafter, counts in states[1]["survival"].items():
         assert states[0]["survival"][drafter] == {name: pytest.approx(found) for name, found in counts.items()}
@@ -338,9 +344,9 @@ def test_json_round_trip_goes_on_with_the_same_choices() -> None:
         play(selector, responder(Random(4)), rounds)
     twin = AutoSelector.from_json(selector.to_json())
     assert twin.expected_rates() == selector.expected_rates()
-    assert twin.to_json() == selector.to_json() and json.loads(twin.to_json())["state"]["lead"] != 0
+    assert twin.to_json() == selector.to_json() and lead_of(twin) != 0
     for each in (selector, twin):
-        while json.loads(each.to_json())["state"]["lead"] > -9 * STEP_SECONDS:
+        while lead_of(each) > -9 * STEP_SECONDS:
             each.give_way(5, STEP_SECONDS)
         each.begin(1)
     assert twin.to_json() == selector.to_json()
@@ -466,21 +472,21 @@ def test_time_lost_in_silence_counts_and_what_was_gained_may_be_spent() -> None:
 def test_drafts_that_did_not_suit_one_text_are_tried_in_the_next() -> None:
     selector = selector_of()
     play(selector, hopeless, 100)
-    while json.loads(selector.to_json())["state"]["lead"] > -(ALLOWANCE + 2) * STEP_SECONDS:
+    while lead_of(selector) > -(ALLOWANCE + 2) * STEP_SECONDS:
         selector.give_way(5, STEP_SECONDS)
     assert {d.arm for d in play(selector, responder(Random(2)), 64)} == {0}
     selector.begin(1)
-    assert json.loads(selector.to_json())["state"]["lead"] == pytest.approx((FRESH - ALLOWANCE) * STEP_SECONDS, rel=0.1)
+    assert lead_of(selector) == pytest.approx((FRESH - ALLOWANCE) * STEP_SECONDS, rel=0.1)
     assert sum(d.arm > 0 for d in play(selector, kept, 64)) > 30
-    ahead = json.loads(selector.to_json())["state"]["lead"]
+    ahead = lead_of(selector)
     selector.begin(1)
-    assert json.loads(selector.to_json())["state"]["lead"] == ahead > 0
+    assert lead_of(selector) == ahead > 0
 
 
 def test_what_was_gained_long_ago_pays_for_no_more_than_a_few_steps() -> None:
     selector = selector_of()
     play(selector, responder(Random(1)), 300)
-    assert json.loads(selector.to_json())["state"]["lead"] == pytest.approx(LEAD * selector._costs.means[0])
+    assert lead_of(selector) == pytest.approx(LEAD * selector._costs.means[0])
     lost = sum(d.seconds or 0.0 for d in play(selector, hopeless, 1000)) / STEP_SECONDS - 1000
     assert lost <= 1000 * LOSS + ALLOWANCE + LEAD + 2
 
@@ -491,7 +497,7 @@ def test_only_rows_that_a_batch_waits_for_are_ahead() -> None:
         selector = selector_of()
         selector.begin(2)
         selector.update(4, 4, 8, rows=[(4, 4), (4, 0)], critical=critical, seconds=STEP_SECONDS)
-        leads.append(json.loads(selector.to_json())["state"]["lead"] / STEP_SECONDS)
+        leads.append(lead_of(selector) / STEP_SECONDS)
     assert leads == pytest.approx([4 + LOSS, LOSS, 2 + LOSS], abs=1e-3)
 
 
@@ -508,7 +514,7 @@ def test_rows_that_are_not_told_apart_are_one() -> None:
     selector = selector_of()
     selector.update(4, 2, 8, critical=[True, False], seconds=STEP_SECONDS)
     assert selector.t == 1
-    assert json.loads(selector.to_json())["state"]["lead"] / STEP_SECONDS == pytest.approx(2 + LOSS, abs=1e-3)
+    assert lead_of(selector) / STEP_SECONDS == pytest.approx(2 + LOSS, abs=1e-3)
 
 
 def test_rows_of_a_new_batch_all_count_until_it_is_said_which() -> None:
@@ -553,6 +559,7 @@ def test_bad_options_are_refused(changes: dict[str, object], message: str) -> No
         (("costs", "totals"), [float("nan"), 0.0]),
         (("costs", "totals"), [-1.0, 0.0]),
         (("costs", "weights"), [0.0, float("inf")]),
+        (("costs", "lost"), [-1.0, 0.0]),
         (("costs", "weights"), [0.0]),
         (("costs",), []),
         (("survival", "d", "tried"), [float("nan"), 0.0]),
