@@ -259,11 +259,14 @@ def test_attention_of_heads_that_are_rotated_already(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("asked", [1, 2])
 def test_the_last_queries_alone(asked: int, window: int | None) -> None:
-    """All keys and values are written, and what is asked for has the bits that it has among the others."""
+    """All keys and values are written, and what is asked for has the bits that it has among the others: on a GPU, for
+    what the interpreter multiplies with rounds otherwise at another place of a tile, on some CPUs."""
     call = Attention([6, 131, 300], 5, 310, 3, 32, torch.float32)
     whole, *written = call.run(attention.attend, True, window)
     found, *ours = call.run(attention.attend, True, window, asked=asked)
-    assert torch.equal(found.view(3, asked, -1), whole.view(3, 5, -1)[:, -asked:])
+    last = whole.view(3, 5, -1)[:, -asked:]
+    assert_near(found.view_as(last), last)
+    assert DEVICE == "cpu" or torch.equal(found.view_as(last), last)
     assert all(torch.equal(here, there) for here, there in zip(ours, written, strict=True))
     assert_near(found, call.run(twin.attend, True, window, asked=asked)[0])
 
