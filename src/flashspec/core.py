@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -12,6 +14,18 @@ from torch import Tensor
 
 class FlashSpecError(Exception):
     """Something a user can mend; the message is one sentence that says how."""
+
+
+@contextmanager
+def full_gpu_said() -> Iterator[None]:
+    """torch.OutOfMemoryError, raised inside, as a FlashSpecError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FlashSpecError(
+            "the GPU's memory is full: ask for fewer rows or a shorter text, take a smaller model or fewer "
+            "drafters, or end what else runs there"
+        ) from error
 
 
 class FinishReason(IntEnum):

@@ -122,9 +122,11 @@ def test_a_graph_follows_lengths_that_change_on_the_device(queries: int) -> None
         captured = model.logits(model.forward(ids, positions, cache, CAPACITY))
     for moved in (0, 7, 20):
         torch.cuda.set_sync_debug_mode("error")
-        positions += moved
-        graph.replay()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            positions += moved
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         ours = KVCache(cache.keys.clone(), cache.values.clone())
         assert torch.equal(captured, model.logits(model.forward(ids, positions, ours, CAPACITY)))
 

@@ -33,6 +33,10 @@ CUDA = torch.device("cuda:0")
 PROMPTS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 7], [9, 8, 9, 8, 9, 8, 9, 8]]
 ARMS = (["plain"], ["ngram:4"], ["suffix:16"], ["early-exit:2"], ["near:3"], ["plain", "ngram:2", "suffix:8", "near:4"])
 
+SAMPLED = {"temperature": 0.8}
+PENALTIES = {"repetition_penalty": 1.2, "frequency_penalty": 0.2, "logit_bias": {3: 2.0}}
+EVERYTHING = SAMPLED | PENALTIES | {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "logprobs": 2}
+
 
 def model_of() -> Any:
     shape = {"num_hidden_layers": 4, "head_dim": 64, "max_position_embeddings": 2048, "eos_token_id": None}
@@ -131,11 +135,11 @@ def test_coupled_text_depends_on_the_target_alone(target: Any, near: ModelDrafte
 
 
 @pytest.mark.parametrize("arms", ARMS, ids=str)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("settings", [{}, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
 def test_no_step_synchronises(
-    target: Any, near: ModelDrafter, arms: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
+    target: Any, near: ModelDrafter, arms: list[str], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_no_step_synchronises(engine_of(target, near, arms, temperature=temperature, seed=1), PROMPTS, monkeypatch)
+    assert_no_step_synchronises(engine_of(target, near, arms, seed=1, **settings), PROMPTS, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from fakes import MarkovModel
 from pydantic import ValidationError
 
+from flashspec import SpeculativeEngine
 from flashspec.config import (
     BanditConfig,
     FlashSpecConfig,
@@ -158,6 +160,24 @@ def test_a_driver_that_does_not_fit_torch_is_said_in_one_sentence(
         with pytest.raises(ValueError) as caught:
             ask()
         assert sentence in str(caught.value)
+
+
+def test_other_gpus_than_the_first_are_refused(
+    driver: Callable[[str], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only where a model is loaded: it may come with its device."""
+    driver("")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sentence = r"device is 'cuda:1'; .*: set CUDA_VISIBLE_DEVICES=1 and ask for 'cuda'"
+    target = MarkovModel.random(6, seed=3)
+    target.device = torch.device("cuda:1")
+    for ask in (
+        lambda: check_device("cuda:1"),
+        lambda: load_model("smollm2", device="cuda:1"),
+        lambda: SpeculativeEngine({"device": "cpu"}, ["ngram"], target),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ask()
 
 
 def test_a_machine_without_a_gpu_and_one_that_is_fine_are_told_nothing(driver: Callable[[str], Driver]) -> None:

@@ -322,10 +322,10 @@ class AutoSelector(DraftSelector):
             accepted = [_accepted(step) for step in steps]
             self._survival.learn(arm, accepted, critical)
             seconds = self._costs.learn(arm, [step.seconds for step in steps], self._fade)
-            self._count(arm, len(steps), sum(map(_waited_for, steps, accepted)), seconds)
+            self._move_lead(arm, len(steps), sum(map(_waited_for, steps, accepted)), seconds)
 
-    def _count(self, arm: int, steps: int, accepted: float, seconds: float) -> None:
-        """What steps gained over plain decoding. accepted: what was waited for, of all of them together."""
+    def _move_lead(self, arm: int, steps: int, accepted: float, seconds: float) -> None:
+        """By what steps gained over plain decoding. accepted: what was waited for, of all of them together."""
         if self._plain is None or self._plain not in self._enabled:
             return
         plain = self._costs.means[self._plain]

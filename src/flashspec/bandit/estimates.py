@@ -41,8 +41,7 @@ class ArmStats:
     """Counts of draft tokens over the last `window_size` pulls of one arm (0: over all of them).
 
     n_pulls, n_accepted and n_drafted belong to the window, so mean_accept_rate == n_accepted / n_drafted;
-    lifetime_pulls forgets nothing. A pull that drafted nothing is a pull without evidence about the rate; one
-    that gave way counts what the other arm drafted.
+    lifetime_pulls forgets nothing. A pull that drafted nothing is a pull without evidence about the rate.
     """
 
     __slots__ = ("_pulls", "_recent", "lifetime_pulls", "n_accepted", "n_drafted", "n_pulls", "window_size")

@@ -85,7 +85,7 @@ def replay(selector: DraftSelector, trace: Sequence[Decision], delay: int = 0) -
     The answer to an arm is that arm's earliest recorded round not used yet; the replay ends where there is
     none (queue replay, Mandel et al. 2016). It keeps the order within an arm, not the alignment between arms:
     a trace whose rates drift compares policies only roughly. The policy that wrote the trace, with the same
-    seed and delay, repeats it.
+    seed and delay, repeats it, unless arms gave way: a trace has no word of that.
     """
     answers: list[deque[Decision]] = [deque() for _ in range(selector.n_arms)]
     for decision in trace:

@@ -21,7 +21,7 @@ from flashspec.core import Arm, FlashSpecError
 from flashspec.drafters import Drafter
 from flashspec.drafters.model import ModelDrafter
 from flashspec.models.embedded import Progress, silent
-from flashspec.models.loading import LoadedModel
+from flashspec.models.loading import LoadedModel, check_device
 
 ARMS = ("plain", "ngram:1", "ngram:2", "ngram:4", "ngram:8", "ngram:16", "early-exit:4")
 BASELINES = ("transformers-eager", "transformers-graph", "transformers-compiled")
@@ -88,6 +88,7 @@ def run(
     them takes to draft is measured by itself too. A baseline that transformers cannot run is left out, and
     the settings say why. FlashSpecError or ValueError, before anything is measured, for what cannot be."""
     tell, device = progress or silent, device or default_device()
+    check_device(device)
     SamplingConfig(temperature=temperature)
     if (widest := max(plan.all_widths())) > context:
         raise FlashSpecError(f"{widest} tokens do not fit into a context of {context}")

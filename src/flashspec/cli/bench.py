@@ -101,7 +101,6 @@ def endtoend(**options: Any) -> None:
 @bench.command()
 @click.option("--kernel", "kernels", multiple=True, help="Only this one. Repeatable.  [default: all]")
 @click.option("--quick", is_flag=True, help="A small grid of shapes.")
-@click.option("--device", help="cuda or cuda:N.")
 @output_option
 def kernels(**options: Any) -> None:
     """Kernels against the memory's speed, PyTorch and FlashInfer, inside CUDA graphs."""

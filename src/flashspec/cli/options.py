@@ -107,7 +107,7 @@ def model_options(command: Command) -> Command:
             show_default=True,
             help="Precision of the weights; auto is what suits the device.",
         ),
-        click.option("--device", help="cpu, cuda or cuda:N.  [default: what the machine has]"),
+        click.option("--device", help="cpu or cuda.  [default: what the machine has]"),
         click.option(
             "--target",
             default="smollm2",

@@ -47,7 +47,7 @@ MINUTES = 20.0
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The --out of an earlier training of this target: take its texts, and write none.",
 )
-@click.option("--device", help="cpu, cuda or cuda:N.  [default: what the machine has]")
+@click.option("--device", help="cpu or cuda.  [default: what the machine has]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
     "--draft-vocab", type=click.IntRange(min=2), default=16384, show_default=True, help="The most tokens it can draft."

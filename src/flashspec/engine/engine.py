@@ -11,7 +11,7 @@ from typing import Any
 
 from flashspec.bandit import DraftSelector, make_selector
 from flashspec.config import FlashSpecConfig, SamplingConfig
-from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord
+from flashspec.core import PLAIN, Arm, GenerationResult, StepRecord, full_gpu_said
 from flashspec.engine.arms import (
     check_arms,
     default_arms,
@@ -29,7 +29,7 @@ from flashspec.engine.prompts import Prompt, encode_prompts
 from flashspec.engine.workspace import Workspaces, power_of_two
 from flashspec.metrics import AcceptanceTracker, LatencyTracker, ThroughputTracker
 from flashspec.models.base import LanguageModel
-from flashspec.models.loading import DEFAULT, LoadedModel, load_model
+from flashspec.models.loading import DEFAULT, LoadedModel, check_device, load_model
 from flashspec.models.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]
@@ -84,6 +84,7 @@ class SpeculativeEngine:
     gets a RuntimeError.
     """
 
+    @full_gpu_said()
     def __init__(
         self,
         config: FlashSpecConfig | Mapping[str, Any],
@@ -105,7 +106,10 @@ class SpeculativeEngine:
             arms = [Arm(name, config.sampling.gamma) for name in self.drafters] or [PLAIN]
         self.arms = check_arms([Arm.parse(arm) if isinstance(arm, str) else arm for arm in listed(arms)], self.drafters)
         device = self.target.device
-        capture = WherePossible(CudaGraphs(device)) if device.type == "cuda" else None
+        capture = None
+        if device.type == "cuda":
+            check_device(device)
+            capture = WherePossible(CudaGraphs(device))
         self.costs = measure_costs(self.target, capture=capture)
         self.workspaces = None if capture is None else Workspaces(self.target, self.arms, self.drafters, capture)
         self.selector = bandit if bandit is not None else self._make_selector(self.costs)

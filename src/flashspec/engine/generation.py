@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flashspec.config import SamplingConfig
-from flashspec.core import FinishReason, GenerationResult, StepRecord
+from flashspec.core import FinishReason, GenerationResult, StepRecord, full_gpu_said
 from flashspec.engine.loop import Run, StepOutput
 from flashspec.engine.output import Chunk, RowText, make_result
 from flashspec.engine.prefix import PrefixCache
@@ -89,7 +89,7 @@ class Generation:
                     yield Chunk(row, token_ids[:count], text, output.record, logprobs[:count], reason)
 
     def _decode(self) -> Generator[StepOutput, None, None]:
-        with self.engine.turn:
+        with self.engine.turn, full_gpu_said():
             started = time.perf_counter()
             run = self.begin()
             try:

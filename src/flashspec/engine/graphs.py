@@ -27,7 +27,7 @@ class Capture(Protocol):
 class WherePossible:
     """An engine's capture: work that it refuses stays as it is, and one warning says so for all of it.
 
-    torch.OutOfMemoryError is raised: it is nothing about the work."""
+    torch.OutOfMemoryError is raised, and what it caused: it is nothing about the work."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
@@ -36,9 +36,9 @@ class WherePossible:
     def __call__(self, work: Work) -> Work:
         try:
             return self._capture(work)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+                raise
             if not self._warned:
                 self._warned = True
                 reason = str(error).partition("\n")[0]

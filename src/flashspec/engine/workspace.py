@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from flashspec.core import PLAIN, Arm, Draft, FlashSpecError
+from flashspec.core import PLAIN, Arm, Draft, full_gpu_said
 from flashspec.drafters.base import Drafter, NoDraft, Proposer
 from flashspec.engine.costs import measure_costs
 from flashspec.engine.graphs import Capture, Work
@@ -249,13 +249,7 @@ class Workspaces:
         self._kept = {size: workspace for size, workspace in self._kept.items() if workspace is keep}
         gc.collect()  # a workspace and its state hold each other
         torch.cuda.empty_cache()
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            raise FlashSpecError(
-                "the GPU's memory is full: ask for fewer rows or a shorter text, take a smaller model or fewer "
-                "drafters, or end what else runs there"
-            ) from error
+        return full_gpu_said()(work)()
 
 
 def power_of_two(number: int) -> int:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
+
+_lock = Lock()
+_collected: list[bool] = []  # of each capture under way, in any thread, whether garbage was collected ahead of it
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection: a graph that dies in one spoils a capture under way (torch's pull request 161037)."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _lock:
+        _collected.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _lock:
+            collected = _collected[0]
+            _collected.pop()
+            if collected and not _collected:
+                gc.enable()
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -12,7 +12,7 @@ import torch
 
 from flashspec.cache import cached_folder
 from flashspec.config import check_device_name, default_device, gpu_fault
-from flashspec.core import FlashSpecError
+from flashspec.core import FlashSpecError, full_gpu_said
 from flashspec.kernels import native_build
 from flashspec.models import embedded
 from flashspec.models.base import LanguageModel
@@ -61,6 +61,7 @@ class _Request:
     progress: Progress
 
 
+@full_gpu_said()
 def load_model(
     source: str | Path | PreTrainedModel,
     *,
@@ -88,7 +89,7 @@ def load_model(
 
 
 def check_device(device: str | torch.device) -> None:
-    """ValueError where it is none, this machine does not have it, or torch cannot use it."""
+    """ValueError where it is none, this machine does not have it, torch cannot use it, or it is not the first GPU."""
     device = str(device)
     check_device_name(device)
     if device == "cpu":
@@ -96,11 +97,16 @@ def check_device(device: str | torch.device) -> None:
     fault = gpu_fault()
     if fault:
         raise ValueError(f"device is {device!r}; {fault}")
-    count = torch.cuda.device_count()
-    if int(device.partition(":")[2] or 0) >= count:
+    index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
         known = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         built = "" if torch.version.cuda or torch.version.hip else "; this build of torch knows no GPU"
         raise ValueError(f"device is {device!r}; this machine has {known}{built}")
+    if index:  # kernels and events go to the current device of the thread that launches them
+        raise ValueError(
+            f"device is {device!r}; FlashSpec runs on the first GPU that it sees: "
+            f"set CUDA_VISIBLE_DEVICES={index} and ask for 'cuda'"
+        )
 
 
 def locate(source: str | Path, progress: Progress = silent) -> Path:

@@ -3,6 +3,8 @@ it has ended, which in torch 2.11 it never has where ending it fails."""
 
 from __future__ import annotations
 
+import gc
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from flashspec.engine import graphs
-from flashspec.engine.graphs import CudaGraphs
+from flashspec.engine.graphs import CudaGraphs, WherePossible, Work
+from flashspec.engine.loop import DrafterFailed
+from flashspec.kernels.capture import uncollected
 
 Pool = tuple[int, int]
 
@@ -117,14 +121,55 @@ def test_a_pool_that_broke_is_given_back_and_not_used_again(allocator: Allocator
     assert allocator.uses[first] == before and len(allocator.uses) == 2
 
 
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("by_a_drafter", [False, True])
+def test_a_full_memory_says_nothing_of_the_work(by_a_drafter: bool) -> None:
+    """The same work is captured once there is room."""
+    full = True
+
+    def capture(work: Work) -> Work:
+        if full and by_a_drafter:
+            raise DrafterFailed("OutOfMemoryError") from FULL
+        if full:
+            raise FULL
+        return repeat
+
+    def repeat() -> None: ...
+
+    where_possible = WherePossible(capture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DrafterFailed if by_a_drafter else torch.OutOfMemoryError):
+            where_possible(lambda: None)
+        full = False
+        assert where_possible(lambda: None) is repeat
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_waits_until_the_last_of_several_captures(enabled: bool) -> None:
+    """Of threads, which end in any order."""
+    (gc.enable if enabled else gc.disable)()
+    try:
+        first, second = uncollected(), uncollected()
+        for capture in (first, second):
+            capture.__enter__()
+        first.__exit__(None, None, None)
+        assert not gc.isenabled()
+        second.__exit__(None, None, None)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
 def test_a_capture_is_tried_again_when_there_is_memory_for_a_pool(
     allocator: Allocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capture = CudaGraphs(torch.device("cpu"))
-    full = torch.OutOfMemoryError("CUDA out of memory")
 
     def fail(*_: object, **__: object) -> None:
-        raise full
+        raise FULL
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", fail)

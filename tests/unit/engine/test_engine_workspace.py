@@ -311,6 +311,17 @@ def test_memory_that_runs_out_in_a_prefill_is_made_room_for() -> None:
     assert engine.target.fault is None and len(engine.workspaces._kept) == 1
 
 
+def test_memory_that_is_full_from_the_start_or_in_a_text_is_said() -> None:
+    with pytest.raises(FlashSpecError, match="the GPU's memory is full"):
+        SpeculativeEngine({"device": "cpu"}, [], Reading(FULL, at_width=1))
+    target = Reading()
+    engine = SpeculativeEngine({"device": "cpu", "sampling": {"temperature": 0.0}}, [], target)
+    target.fault, target.at_width = FULL, 1
+    with pytest.raises(FlashSpecError, match="the GPU's memory is full"):
+        engine.generate(PROMPTS[:1], 5)
+    assert rows(engine.generate(PROMPTS[:1], 5)) == [greedy_text(TARGET, PROMPTS[0], 5)]
+
+
 def test_a_step_that_failed_is_not_captured_before_it_has_run() -> None:
     """The first time compiles, and makes what a graph then holds."""
     engine, recorder = engine_of(("plain",))
